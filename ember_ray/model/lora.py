@@ -1,0 +1,166 @@
+"""LoRA adapters as the engine takes them: PEFT tensors in, checked pairs of A and B out.
+
+A LoRA layer computes ``W x + s B A x`` (Hu et al. 2021, section 4.1) with ``s = alpha / r``, or
+``alpha / sqrt(r)`` for rsLoRA (Kalajdzievski 2023, section 3).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+_TENSOR_NAME = re.compile(
+    r"^(?:base_model\.model\.)?(model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+))\.lora_(A|B)(?:\.default)?\.weight$"
+)
+
+
+class AdapterError(ValueError):
+    """An adapter that cannot be served; the text names what is wrong and where."""
+
+
+@dataclass(frozen=True)
+class AdapterUpdate:
+    """A policy as it travels from the learner to the stages.
+
+    Attributes:
+        version: its number; never reused. Version 0 is the base model without an adapter.
+        tensors: PEFT names to float tensors, ``...lora_A.weight`` [r, in] and ``...lora_B.weight`` [out, r].
+        scaling: module path without PEFT's prefix (``model.layers.0.self_attn.q_proj``) to s.
+    """
+
+    version: int
+    tensors: Mapping[str, torch.Tensor]
+    scaling: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """A [r, in], B [out, r] and the scale of one linear layer."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+
+
+LoraLayers = dict[int, dict[str, LoraPair]]
+"""Layer index -> projection name -> pair."""
+
+
+def check_adapter(update: AdapterUpdate, shapes: Mapping[str, tuple[int, int]], num_layers: int) -> LoraLayers:
+    """Turns an update into pairs per layer, or refuses it.
+
+    Args:
+        update: what the learner published.
+        shapes: projection name to (out, in) of the model's linear layers.
+        num_layers: layers of the whole model (every stage checks the whole update, so that
+            all stages refuse the same ones).
+
+    Raises:
+        AdapterError: unknown module, A without B, wrong shape or rank, NaN or Inf, bad scale, no tensor at all.
+    """
+    halves: dict[str, dict[str, torch.Tensor]] = {}
+    where: dict[str, tuple[int, str]] = {}
+    for name, tensor in update.tensors.items():
+        match = _TENSOR_NAME.match(name)
+        if match is None:
+            raise AdapterError(
+                f"adapter tensor '{name}' is not a LoRA A or B of a Qwen3 linear layer (known: {', '.join(PROJECTIONS)})"
+            )
+        path, layer, projection, half = match[1], int(match[2]), match[3], match[4]
+        if projection not in shapes:
+            raise AdapterError(f"adapter tensor '{name}': no linear layer '{projection}' in the model")
+        if layer >= num_layers:
+            raise AdapterError(f"adapter tensor '{name}': the model has only {num_layers} layers")
+        if not tensor.is_floating_point() or tensor.dim() != 2:
+            raise AdapterError(f"adapter tensor '{name}' must be a 2-d float tensor, not {tensor.dtype} {tuple(tensor.shape)}")
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(f"adapter tensor '{name}' has NaN or Inf")
+        if half in halves.setdefault(path, {}):
+            raise AdapterError(f"adapter tensor '{name}' is there twice")
+        halves[path][half] = tensor
+        where[path] = (layer, projection)
+    if not halves:
+        raise AdapterError("the adapter has no tensors")
+    unknown = set(update.scaling) - set(halves)
+    if unknown:
+        raise AdapterError(f"a scale is given for '{min(unknown)}', which has no adapter tensors")
+
+    layers: LoraLayers = {}
+    for path, pair in halves.items():
+        layer, projection = where[path]
+        for half in ("A", "B"):
+            if half not in pair:
+                raise AdapterError(f"module '{path}' has no lora_{half}")
+        out_features, in_features = shapes[projection]
+        rank = pair["A"].shape[0]
+        if rank == 0 or tuple(pair["A"].shape) != (rank, in_features) or tuple(pair["B"].shape) != (out_features, rank):
+            raise AdapterError(
+                f"module '{path}': lora_A {tuple(pair['A'].shape)} and lora_B {tuple(pair['B'].shape)} do not fit a "
+                f"linear layer of {in_features} inputs and {out_features} outputs"
+            )
+        if path not in update.scaling:
+            raise AdapterError(f"module '{path}' has no scale")
+        scale = float(update.scaling[path])
+        if not math.isfinite(scale):
+            raise AdapterError(f"module '{path}': the scale is {scale}")
+        layers.setdefault(layer, {})[projection] = LoraPair(pair["A"], pair["B"], scale)
+    return layers
+
+
+def _pattern_value(patterns: Mapping[str, float], path: str, default: float) -> float:
+    """PEFT's rule for rank_pattern and alpha_pattern: the first key that matches the end of the module path."""
+    for key, value in patterns.items():
+        if re.match(rf"(?:.*\.)?(?:{key})$", path):
+            return value
+    return default
+
+
+def load_peft_adapter(folder: str | Path, version: int) -> AdapterUpdate:
+    """Reads ``adapter_config.json`` and ``adapter_model.safetensors`` of a PEFT folder.
+
+    Raises:
+        AdapterError: a file is missing or broken, or the adapter is of a kind that is not served
+            (DoRA, modules_to_save, biases, another PEFT type).
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    config_path, weights_path = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    for path in (config_path, weights_path):
+        if not path.is_file():
+            raise AdapterError(f"no PEFT adapter in '{folder}': {path.name} is missing")
+    try:
+        config = json.loads(config_path.read_text())
+        tensors = load_file(weights_path)
+    except Exception as fault:
+        raise AdapterError(f"PEFT adapter '{folder}' cannot be read: {fault}") from fault
+    refused = {
+        "peft_type": (config.get("peft_type", "LORA") != "LORA", "only LoRA adapters are served"),
+        "use_dora": (bool(config.get("use_dora")), "DoRA needs the norm of the merged weight"),
+        "modules_to_save": (bool(config.get("modules_to_save")), "whole modules cannot be swapped in place"),
+        "bias": (config.get("bias", "none") != "none", "biases are not part of a swap"),
+        "fan_in_fan_out": (bool(config.get("fan_in_fan_out")), "Qwen3 has no transposed linear layers"),
+    }
+    for key, (is_refused, why) in refused.items():
+        if is_refused:
+            raise AdapterError(f"PEFT adapter '{folder}': {key}={config[key]!r} is not supported, {why}")
+
+    scaling: dict[str, float] = {}
+    for name, tensor in tensors.items():
+        match = _TENSOR_NAME.match(name)
+        if match and match[4] == "A":
+            rank = tensor.shape[0]
+            alpha = _pattern_value(config.get("alpha_pattern") or {}, match[1], config["lora_alpha"])
+            expected = int(_pattern_value(config.get("rank_pattern") or {}, match[1], config["r"]))
+            if rank != expected:
+                raise AdapterError(f"PEFT adapter '{folder}': '{name}' has rank {rank}, its configuration says {expected}")
+            scaling[match[1]] = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    return AdapterUpdate(version, tensors, scaling)
