@@ -1,0 +1,323 @@
+"""Decides what each step computes. Pure logic: no tensors, no clock, no randomness.
+
+Every stage runs its own copy on the same requests and the same results, and so comes to the same plans; no
+schedule travels. The steps of a stage run in the order in which they were planned, so a block counts as computed
+as soon as the step that computes it is planned.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from operator import attrgetter
+
+from ember_ray.engine.block_pool import BlockPool, prefix_keys
+from ember_ray.engine.request import GenerationRequest
+from ember_ray.engine.sequence import ABORT, PromptGroup, Sequence, prompt_hash
+
+_ORDER = attrgetter("order")
+
+
+class RequestError(ValueError):
+    """A request that the engine can never serve; the text gives the numbers."""
+
+
+@dataclass(frozen=True)
+class PromptChunk:
+    """Prompt tokens first to last - 1 of a group."""
+
+    group: PromptGroup
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class SuffixChunk:
+    """Generated tokens first to last - 1 of a candidate whose blocks were taken away and are made anew."""
+
+    sequence: Sequence
+    first: int
+    last: int
+
+
+@dataclass
+class StepPlan:
+    """One forward pass of one micro-batch.
+
+    Attributes:
+        decodes: candidates that feed their newest token, ordered by group.
+        samples: candidates that get a new token, in the order of the results: the decodes, then the suffix chunks
+            that reach their end, then first tokens behind a prompt.
+    """
+
+    lane: int
+    decodes: list[Sequence] = field(default_factory=list)
+    prompt_chunks: list[PromptChunk] = field(default_factory=list)
+    suffix_chunks: list[SuffixChunk] = field(default_factory=list)
+    samples: list[Sequence] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        chunks = (*self.prompt_chunks, *self.suffix_chunks)
+        return len(self.decodes) + sum(chunk.last - chunk.first for chunk in chunks)
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.samples and self.num_tokens == 0
+
+
+class Scheduler:
+    """Continuous batching over micro-batches that share one block pool.
+
+    Args:
+        pool: this stage's KV blocks.
+        max_num_seqs: most candidates admitted at once, over all lanes.
+        max_num_batched_tokens: most tokens in a step.
+        max_model_len: most tokens of prompt and answer together.
+        num_lanes: micro-batches in flight; a prompt's candidates all run in one.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        num_lanes: int = 1,
+        prefix_sharing: bool = True,
+    ) -> None:
+        self.pool, self.block_size, self.num_lanes = pool, block_size, num_lanes
+        self.max_num_batched_tokens, self.max_model_len = max_num_batched_tokens, max_model_len
+        self.max_lane_seqs = -(-max_num_seqs // num_lanes)
+        self.prefix_sharing = prefix_sharing
+        self.running: list[list[Sequence]] = [[] for _ in range(num_lanes)]
+        self.waiting: list[list[Sequence]] = [[] for _ in range(num_lanes)]
+        self._by_request: dict[int, list[Sequence]] = {}
+        self.prefix_hit_tokens = 0
+        self.recomputed_tokens = 0
+        self.preemptions = 0
+
+    def blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self.block_size)
+
+    # -- what comes in ---------------------------------------------------------------------------------------------
+
+    def check(self, request: GenerationRequest) -> None:
+        """Raises RequestError where the request can never be served."""
+        length, name = len(request.prompt_token_ids), f"request '{request.request_id}'"
+        if length == 0:
+            raise RequestError(f"{name}: the prompt has no tokens")
+        if length >= self.max_model_len:
+            raise RequestError(
+                f"{name}: the prompt has {length} tokens, the context holds {self.max_model_len} together with the answer"
+            )
+        answer = min(request.sampling_params.max_tokens, self.max_model_len - length)
+        need = self.blocks_for(length) + self.blocks_for(answer)
+        if need > self.pool.num_blocks:
+            raise RequestError(
+                f"{name}: {length} prompt and {answer} answer tokens need {need} KV blocks of {self.block_size}, "
+                f"the engine has {self.pool.num_blocks}; raise num_kv_blocks"
+            )
+
+    def add(self, requests: Seq[GenerationRequest], seeds: Seq[int], policy_version: int) -> None:
+        """Takes a batch. Requests with equal prompts join one group, so their prompt is computed once.
+
+        Args:
+            seeds: one a request.
+
+        Raises:
+            RequestError: a request that can never be served; nothing of the batch is taken then.
+        """
+        names = [request.request_id for request in requests]
+        if len(set(names)) != len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise RequestError(f"request id '{twice}' is in the batch twice")
+        for request in requests:
+            self.check(request)
+        groups: dict[object, PromptGroup] = {}
+        for number, (request, seed) in enumerate(zip(requests, seeds, strict=True)):
+            prompt, params = request.prompt_token_ids, request.sampling_params
+            for index in request.candidate_indices:
+                key: object = prompt if self.prefix_sharing else (number, index)
+                group = groups.get(key)
+                if group is None:
+                    keys = prefix_keys(prompt, self.block_size, policy_version) if self.prefix_sharing else []
+                    group = PromptGroup(prompt, len(groups), keys, prompt_hash(prompt), lane=len(groups) % self.num_lanes)
+                    groups[key] = group
+                max_tokens = min(params.max_tokens, self.max_model_len - len(prompt))
+                group.candidates.append(
+                    Sequence(group, number, request.request_id, index, 0, params, seed, max_tokens)
+                )
+        order = 0
+        for group in groups.values():
+            for sequence in group.candidates:
+                sequence.order = order
+                order += 1
+                self.waiting[group.lane].append(sequence)
+                self._by_request.setdefault(sequence.request_number, []).append(sequence)
+
+    def abort(self, request_number: int) -> list[Sequence]:
+        """Ends the unfinished candidates of a request with what they have; returns them."""
+        ended = [sequence for sequence in self._by_request.get(request_number, ()) if not sequence.finish_code]
+        for sequence in ended:
+            sequence.finish_code = ABORT
+            lane = sequence.group.lane
+            if sequence in self.running[lane]:
+                self._leave(sequence)
+            else:
+                self.waiting[lane].remove(sequence)
+        return ended
+
+    def clear(self) -> None:
+        """Drops all that is unfinished and gives its blocks back."""
+        for lane in range(self.num_lanes):
+            while self.running[lane]:
+                self._leave(self.running[lane][-1])
+            self.waiting[lane].clear()
+        self._by_request.clear()
+
+    @property
+    def has_work(self) -> bool:
+        return any(self.running) or any(self.waiting)
+
+    # -- a step ----------------------------------------------------------------------------------------------------
+
+    def schedule(self, lane: int) -> StepPlan:
+        """Plans the next step of a lane whose last step has been finished; empty when it has to wait."""
+        plan = StepPlan(lane)
+        budget = self.max_num_batched_tokens
+        budget = self._plan_running(plan, budget)
+        budget = self._plan_prompts(plan, budget)
+        self._admit(plan, budget)
+        plan.samples = [
+            *plan.decodes,
+            *(chunk.sequence for chunk in plan.suffix_chunks if chunk.last == len(chunk.sequence.token_ids)),
+            *(s for s in self.running[lane] if not s.token_ids and s.group.prompt_done),
+        ]
+        for sequence in plan.samples:
+            sequence.group.has_last_hidden = True
+        return plan
+
+    def finish_step(self, plan: StepPlan, tokens: Seq[int], finish_codes: Seq[int]) -> list[Sequence]:
+        """Takes the results of a step, one token and finish code a sample; returns the candidates that ended."""
+        ended = []
+        for sequence, token, code in zip(plan.samples, tokens, finish_codes, strict=True):
+            if sequence.finish_code:  # aborted while its step was on the way
+                continue
+            sequence.token_ids.append(token)
+            if code:
+                sequence.finish_code = code
+                self._leave(sequence)
+                ended.append(sequence)
+        return ended
+
+    def _plan_running(self, plan: StepPlan, budget: int) -> int:
+        """Decodes first; then, as far as the budget goes, what a preemption took away."""
+        running = self.running[plan.lane]
+        behind = []
+        for sequence in list(running):
+            if sequence.order > running[-1].order:  # preempted: victims leave from the end
+                break
+            length = len(sequence.token_ids)
+            if not length:
+                continue
+            if not self._grow(sequence, length):
+                break
+            if not sequence.group.prompt_done:
+                continue
+            if length - sequence.num_computed == 1:
+                plan.decodes.append(sequence)
+                sequence.num_computed = length
+                budget -= 1
+            else:
+                behind.append(sequence)
+        for sequence in behind:
+            if not running or sequence.order > running[-1].order:
+                break
+            first = sequence.num_computed
+            last = min(len(sequence.token_ids), first + budget)
+            if last > first:
+                plan.suffix_chunks.append(SuffixChunk(sequence, first, last))
+                sequence.num_computed = last
+                self.recomputed_tokens += last - first
+                budget -= last - first
+        return budget
+
+    def _grow(self, sequence: Sequence, length: int) -> bool:
+        """Gives the candidate blocks for its tokens, preempting the latest of its lane; False if that was itself."""
+        need = self.blocks_for(length) - len(sequence.block_table)
+        while need > self.pool.num_free:
+            victim = self.running[sequence.group.lane][-1]
+            self._leave(victim)
+            insort(self.waiting[sequence.group.lane], victim, key=_ORDER)
+            self.preemptions += 1
+            if victim is sequence:
+                return False
+        sequence.block_table.extend(self.pool.allocate(max(0, need)))
+        return True
+
+    def _plan_prompts(self, plan: StepPlan, budget: int) -> int:
+        group: PromptGroup | None = None
+        for sequence in self.running[plan.lane]:
+            if sequence.group is not group:
+                group = sequence.group
+                budget -= self._plan_prompt(plan, group, budget)
+        return budget
+
+    def _plan_prompt(self, plan: StepPlan, group: PromptGroup, budget: int) -> int:
+        """Plans as much of the prompt as the budget allows; returns how many tokens that is."""
+        first = group.num_computed
+        last = min(len(group.token_ids), first + budget)
+        if last <= first:
+            return 0
+        plan.prompt_chunks.append(PromptChunk(group, first, last))
+        if group.was_computed:
+            self.recomputed_tokens += last - first
+        group.num_computed = last
+        group.was_computed = group.was_computed or group.prompt_done
+        for place in range(first // self.block_size, min(last // self.block_size, len(group.keys))):
+            self.pool.publish(group.block_table[place], group.keys[place])
+        return last - first
+
+    def _admit(self, plan: StepPlan, budget: int) -> None:
+        """Lets waiting candidates in, in order, as far as places, tokens and blocks go."""
+        running, waiting = self.running[plan.lane], self.waiting[plan.lane]
+        while waiting and len(running) < self.max_lane_seqs:
+            sequence = waiting[0]
+            group, length = sequence.group, len(sequence.group.token_ids)
+            own = self.blocks_for(max(1, len(sequence.token_ids)))
+            hit_tokens = length
+            if group.num_admitted == 0:
+                usable = length if group.has_last_hidden else length - 1
+                found = self.pool.lookup(group.keys[: usable // self.block_size])
+                hit_tokens = len(found) * self.block_size
+                if budget == 0 and hit_tokens < length:
+                    return
+                fresh = self.blocks_for(length) - len(found)
+                if fresh + own + sum(map(self.pool.is_free, found)) > self.pool.num_free:
+                    return
+                self.pool.hold(found)
+                group.block_table = found + self.pool.allocate(fresh)
+                group.num_computed = hit_tokens
+            elif own > self.pool.num_free:
+                return
+            if not sequence.was_admitted:
+                sequence.was_admitted = True
+                self.prefix_hit_tokens += hit_tokens
+            sequence.block_table = self.pool.allocate(own)
+            group.num_admitted += 1
+            insort(running, waiting.pop(0), key=_ORDER)
+            budget -= self._plan_prompt(plan, group, budget)
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Takes a candidate out of its lane and gives its blocks back; the prompt's with the last of its group."""
+        group = sequence.group
+        self.running[group.lane].remove(sequence)
+        self.pool.release(sequence.block_table)
+        sequence.block_table, sequence.num_computed = [], 0
+        group.num_admitted -= 1
+        if group.num_admitted == 0:
+            self.pool.release(group.block_table)
+            group.block_table, group.num_computed = [], 0
