@@ -1,0 +1,1 @@
+"""Typed run configuration: schema, YAML files, ``key=value`` overrides and the command line."""
