@@ -1,0 +1,98 @@
+"""The engine in one process: prompts in, candidates out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ember_ray.engine.options import EngineOptions
+from ember_ray.engine.request import Candidate, GenerationRequest, RequestOutput
+from ember_ray.engine.sampling_params import SamplingParams
+from ember_ray.engine.stage_engine import StageEngine
+from ember_ray.engine.transport import LoopbackTransport
+from ember_ray.model.lora import AdapterUpdate, load_peft_adapter
+from ember_ray.model.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int] | Sequence[dict[str, str]]
+"""Text (tokenized as it is), token ids, or chat messages."""
+
+
+class LLM:
+    """One stage with all layers.
+
+    Raises:
+        ModelError, ValueError: the model or the options cannot be served.
+    """
+
+    def __init__(self, options: EngineOptions) -> None:
+        self.engine = StageEngine(options, 0, LoopbackTransport())
+        self.tokenizer = Tokenizer(options.model)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        num_candidates: int = 1,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Generates N candidates of each prompt.
+
+        Args:
+            prompts: a list; each text, token ids or chat messages.
+            sampling_params: one for all prompts, or one each.
+
+        Returns:
+            One output a prompt, in order; its candidates in order of their index.
+
+        Raises:
+            RequestError: a prompt is empty or too long.
+            ValueError: numbers of prompts and parameters differ, or N is below 1.
+        """
+        if isinstance(prompts, str):
+            raise ValueError("prompts must be a list of prompts, not one string")
+        if num_candidates < 1:
+            raise ValueError(f"num_candidates must be at least 1, not {num_candidates}")
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            params = [sampling_params or SamplingParams()] * len(prompts)
+        else:
+            params = list(sampling_params)
+        if len(params) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts, but {len(params)} sampling parameters")
+        requests = [
+            GenerationRequest(str(number), self.encode(prompt), tuple(range(num_candidates)), one)
+            for number, (prompt, one) in enumerate(zip(prompts, params, strict=True))
+        ]
+        made: dict[str, list[Candidate]] = {request.request_id: [] for request in requests}
+        for ended in self.engine.rollout(requests):
+            for candidate in ended:
+                made[candidate.request_id].append(candidate)
+        return [
+            RequestOutput(
+                request.request_id,
+                request.prompt_token_ids,
+                sorted(made[request.request_id], key=lambda candidate: candidate.index),
+            )
+            for request in requests
+        ]
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids of a prompt."""
+        if isinstance(prompt, str):
+            return tuple(self.tokenizer.encode(prompt))
+        if prompt and isinstance(prompt[0], dict):
+            return tuple(self.tokenizer.encode_chat(prompt))  # type: ignore[arg-type]
+        return tuple(int(token) for token in prompt)  # type: ignore[arg-type]
+
+    def publish(self, update: AdapterUpdate) -> None:
+        """Switches to a new adapter version; raises AdapterError and keeps the old one if it is refused."""
+        self.engine.stage_adapter(update)
+        self.engine.commit_adapter(update.version)
+
+    def load_adapter(self, folder: str | Path) -> int:
+        """Serves a PEFT adapter folder; returns its policy version."""
+        version = max(self.engine.resident_versions) + 1
+        self.publish(load_peft_adapter(folder, version))
+        return version
+
+    def rollback(self, version: int) -> None:
+        """Goes back to an earlier version that is still resident; 0 is the base model."""
+        self.engine.commit_adapter(version)

@@ -1,0 +1,46 @@
+"""Where a candidate ends, and its text."""
+
+from __future__ import annotations
+
+from ember_ray.engine.sequence import FINISH_REASONS, Sequence
+from ember_ray.model.tokenizer import Tokenizer
+
+_STOP, _LENGTH, _STOP_SEQUENCE = (FINISH_REASONS.index(name) for name in ("stop", "length", "stop_sequence"))
+
+
+class StopCheck:
+    """Finish codes (places in ``FINISH_REASONS``) of newly drawn tokens.
+
+    Args:
+        tokenizer: of the model.
+        eos_token_ids: tokens that end an answer unless a request ignores them.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, eos_token_ids: tuple[int, ...]) -> None:
+        self._tokenizer, self._eos = tokenizer, frozenset(eos_token_ids)
+
+    def finish_code(self, sequence: Sequence, token: int) -> int:
+        """0 to go on. A stop token wins over a stop string, and that over the length."""
+        params = sequence.params
+        if token in params.stop_token_ids or (token in self._eos and not params.ignore_eos):
+            return _STOP
+        if params.stop:
+            # a match that ends in this token began at most so many bytes, hence tokens, before it
+            reach = max(len(text.encode()) for text in params.stop) + 4
+            tail = self._tokenizer.decode([*sequence.token_ids[-reach:], token])
+            if any(text in tail for text in params.stop):
+                return _STOP_SEQUENCE
+        if len(sequence.token_ids) + 1 >= sequence.max_tokens:
+            return _LENGTH
+        return 0
+
+    def text(self, sequence: Sequence) -> str:
+        """The decoded answer without its stop token and without what follows a stop string, that included."""
+        tokens = sequence.token_ids
+        if sequence.finish_code == _STOP:
+            tokens = tokens[:-1]
+        text = self._tokenizer.decode(tokens)
+        if sequence.finish_code == _STOP_SEQUENCE:
+            places = [place for stop in sequence.params.stop if (place := text.find(stop)) >= 0]
+            text = text[: min(places, default=len(text))]
+        return text
