@@ -150,6 +150,7 @@ class StageEngine:
         self._is_rolling_out = True
         try:
             yield from self._loop(numbers)
+            self.transport.flush()
         finally:
             self._is_rolling_out = False
             self.scheduler.clear()

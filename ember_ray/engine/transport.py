@@ -30,6 +30,9 @@ class Transport(Protocol):
     def receive(self, buffer: Tensor, source: int, tag: int) -> Tensor:
         """Waits until the buffer holds the message of that tag; returns it."""
 
+    def flush(self) -> None:
+        """Waits until everything that was sent has left."""
+
     def close(self) -> None:
         """Ends the connection; waits of peers fail."""
 
@@ -45,8 +48,11 @@ class LoopbackTransport:
     def receive(self, buffer: Tensor, source: int, tag: int) -> Tensor:
         raise TransportError(f"a single stage has no stage {source} to receive from")
 
+    def flush(self) -> None:
+        """Nothing was sent."""
+
     def close(self) -> None:
-        pass
+        """Nothing is open."""
 
 
 class ProcessGroupTransport:
@@ -93,6 +99,13 @@ class ProcessGroupTransport:
         except RuntimeError as fault:
             raise TransportError(f"stage {self.rank} got nothing from stage {source}: {fault}") from fault
         return buffer
+
+    def flush(self) -> None:
+        try:
+            while self._sending:
+                self._sending.popleft()[0].wait()
+        except RuntimeError as fault:
+            raise TransportError(f"stage {self.rank} could not deliver its last messages: {fault}") from fault
 
     def close(self) -> None:
         self._sending.clear()
