@@ -187,7 +187,7 @@ def user_fault_line(fault: BaseException, user_errors: Sequence[type[BaseExcepti
     cause = getattr(fault, "cause", None)
     if isinstance(cause, BaseException):
         return user_fault_line(cause, user_errors)
-    kinds = [UserError]
+    kinds: list[type[BaseException]] = [UserError]
     for kind in (*_LAZY_USER_ERRORS, *user_errors):
         if isinstance(kind, str):
             module, _, name = kind.partition(":")

@@ -81,7 +81,8 @@ def render_plan(config: DpoExtractConfig, stages: Sequence[StagePlan]) -> str:
         ),
         (
             "engine",
-            f"at most {config.engine.max_num_seqs} candidates and {config.engine.max_num_batched_tokens:,} tokens at a time",
+            f"at most {config.engine.max_num_seqs} candidates and {config.engine.max_num_batched_tokens:,} tokens "
+            "at a time",
         ),
         (
             "learning",

@@ -267,7 +267,7 @@ class DpoExtractConfig(RunConfig):
         if self.data.train_path is None and self.rollout.prompts_per_round > self.data.train_examples:
             raise ValueError(
                 f"rollout.prompts_per_round={self.rollout.prompts_per_round} is more than "
-                f"data.train_examples={self.data.train_examples}; a round would repeat a prompt, so raise train_examples"
+                f"data.train_examples={self.data.train_examples}, so prompts would repeat in a round; raise it"
             )
         if self.ray.address is not None and self.ray.num_cpus is not None:
             raise ValueError("ray.num_cpus is for a local Ray only; leave it null when ray.address names a cluster")
