@@ -87,6 +87,7 @@ class DpoLearner:
         from ember_ray.train.trl_trainer import StepWatch, WatchedDPOTrainer, own_random_numbers, quiet
 
         lora, dpo = self.lora, self.dpo
+        layers = None if lora.layers_to_transform is None else list(lora.layers_to_transform)
         with quiet(), own_random_numbers(dpo.seed):
             model = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, dtype), local_files_only=True)
             tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True)
@@ -105,7 +106,7 @@ class DpoLearner:
                     use_rslora=lora.use_rslora,
                     rank_pattern=dict(lora.rank_pattern),
                     alpha_pattern=dict(lora.alpha_pattern),
-                    layers_to_transform=list(lora.layers_to_transform) if lora.layers_to_transform is not None else None,
+                    layers_to_transform=layers,
                     lora_dropout=lora.lora_dropout,
                 ),
                 args=DPOConfig(
@@ -147,6 +148,11 @@ class DpoLearner:
             optimizer, lambda step: learning_rate_factor(kind, step, warmup, planned)
         )
         self._trainer.lr_scheduler = self._scheduler
+
+    @property
+    def model(self) -> Any:
+        """The ``peft.PeftModel`` that learns."""
+        return self._trainer.model
 
     @property
     def learning_rate(self) -> float:
@@ -222,7 +228,7 @@ class DpoLearner:
 
         from ember_ray.model.lora import AdapterUpdate
 
-        model = self._trainer.model
+        model = self.model
         tensors = {
             name: tensor.detach().to(device="cpu", dtype=torch.float32, copy=True).contiguous()
             for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
@@ -247,7 +253,7 @@ class DpoLearner:
         folder.parent.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
-            self._trainer.model.save_pretrained(str(fresh), save_embedding_layers=False)
+            self.model.save_pretrained(str(fresh), save_embedding_layers=False)
             fresh.chmod(0o755)  # mkdtemp's is for the owner alone
             _swap_folder(fresh, folder)
         finally:
@@ -312,7 +318,7 @@ class DpoLearner:
         self.rounds, self.steps, self.num_tokens = counters["rounds"], counters["steps"], counters["num_tokens"]
 
     def _trainable(self) -> list[tuple[str, Any]]:
-        return [(name, tensor) for name, tensor in self._trainer.model.named_parameters() if tensor.requires_grad]
+        return [(name, tensor) for name, tensor in self.model.named_parameters() if tensor.requires_grad]
 
     def _options(self) -> dict[str, Any]:
         named = {"lora": asdict(self.lora), "dpo": asdict(self.dpo)}

@@ -15,7 +15,6 @@ import datasets
 import huggingface_hub.constants as hub_constants
 import numpy
 import torch
-import transformers
 from transformers import TrainerCallback
 from trl import DPOTrainer
 
@@ -25,7 +24,9 @@ from ember_ray.train.errors import LearnerError
 class WatchedDPOTrainer(DPOTrainer):
     """Refuses a loss that is NaN or infinite."""
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if return_outputs else result
         if not bool(torch.isfinite(loss).all()):

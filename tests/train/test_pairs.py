@@ -1,7 +1,6 @@
 """Which candidates become preference pairs."""
 
 import math
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -15,7 +14,8 @@ from ember_ray.train.pairs import make_pairs
 def scored(index, reward, text=None, tokens=None, finish_reason="stop", version=3):
     text = f"answer {index}" if text is None else text
     tokens = list(text.encode()) + [0] if tokens is None else tokens
-    candidate = Candidate("row-1", index, tokens, [-1.0] * len(tokens), [-1.0] * len(tokens), text, finish_reason, version)
+    logprobs = [-1.0] * len(tokens)
+    candidate = Candidate("row-1", index, tokens, logprobs, logprobs, text, finish_reason, version)
     return ScoredCandidate(candidate, reward)
 
 
@@ -88,7 +88,8 @@ def test_a_best_one_without_partner_gives_way_to_the_next():
 
 def test_identical_tokens_count_once():
     same = {"text": "same", "tokens": [1, 2]}
-    pairs, counts = pairs_of(scored(0, 1.0, **same), scored(1, 1.0, **same), scored(2, 0.0), scored(3, 0.1), pairs_per_prompt=2)
+    candidates = [scored(0, 1.0, **same), scored(1, 1.0, **same), scored(2, 0.0), scored(3, 0.1)]
+    pairs, counts = pairs_of(*candidates, pairs_per_prompt=2)
     assert len(pairs) == 1 and counts.candidates_repeated == 1
 
 
@@ -120,10 +121,12 @@ def test_bad_arguments(margin, most, word):
 
 
 REWARDS = st.one_of(st.none(), st.sampled_from([0.0, 0.1, 0.25, 0.3, 0.5, 1.0]), st.floats(0, 1))
-CANDIDATES = st.lists(
-    st.tuples(REWARDS, st.sampled_from(["a", "b", "c", "d", "e"]), st.integers(0, 2), st.sampled_from(["stop", "abort"])),
-    max_size=8,
-)
+FINISH = st.sampled_from(["stop", "abort"])
+CANDIDATES = st.lists(st.tuples(REWARDS, st.sampled_from("abcde"), st.integers(0, 2), FINISH), max_size=8)
+
+
+def may_be_used(scored_candidate):
+    return scored_candidate.reward is not None and scored_candidate.candidate.finish_reason == "stop"
 
 
 @given(CANDIDATES, st.sampled_from([0.0, 0.1, 0.5]), st.integers(1, 4), st.randoms())
@@ -131,7 +134,7 @@ def test_rules_hold_for_any_group(rows, margin, most, shuffler):
     candidates = [scored(i, r, t, [ord(t), k], f) for i, (r, t, k, f) in enumerate(rows)]
     pairs, counts = pairs_of(*candidates, min_margin=margin, pairs_per_prompt=most)
 
-    own = {tuple(c.candidate.token_ids) for c in candidates if c.reward is not None and c.candidate.finish_reason == "stop"}
+    own = {tuple(c.candidate.token_ids) for c in candidates if may_be_used(c)}
     used = [ids for pair in pairs for ids in (pair.chosen_token_ids, pair.rejected_token_ids)]
     assert len(pairs) <= most and len(used) == len(set(used)) and set(used) <= own
     for pair in pairs:
@@ -140,13 +143,13 @@ def test_rules_hold_for_any_group(rows, margin, most, shuffler):
         assert pair.chosen_text != pair.rejected_text
     assert [p.chosen_reward for p in pairs] == sorted((p.chosen_reward for p in pairs), reverse=True)
 
-    outcomes = counts.groups_paired + counts.groups_without_spread + counts.groups_below_margin + counts.groups_identical
-    assert outcomes == counts.groups == 1 and counts.pairs == len(pairs)
+    unpaired = counts.groups_without_spread + counts.groups_below_margin + counts.groups_identical
+    assert counts.groups_paired + unpaired == counts.groups == 1 and counts.pairs == len(pairs)
     assert (counts.groups_paired == 1) == bool(pairs)
     if not pairs:  # nothing that could have been paired was missed
         first = {}
         for c in candidates:
-            if c.reward is not None and c.candidate.finish_reason == "stop":
+            if may_be_used(c):
                 first.setdefault(tuple(c.candidate.token_ids), c)
         rest = list(first.values())
         assert not any(
@@ -155,7 +158,7 @@ def test_rules_hold_for_any_group(rows, margin, most, shuffler):
 
     mixed = list(candidates)
     shuffler.shuffle(mixed)
-    assert make_pairs([replace(group(*mixed))], margin, most) == (pairs, counts)  # their order does not matter
+    assert make_pairs([group(*mixed)], margin, most) == (pairs, counts)  # their order does not matter
 
 
 def test_groups_are_counted_one_by_one():

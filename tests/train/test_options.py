@@ -1,0 +1,50 @@
+"""Options that make no sense are refused by name."""
+
+import pytest
+
+from ember_ray.train.options import DpoOptions, LoraOptions
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"beta": -1.0}, "beta"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps"),
+        ({"epochs_per_round": 0}, "epochs_per_round"),
+        ({"lr_scheduler_type": "cosinus"}, "cosinus"),
+        ({"lr_scheduler_type": "cosine"}, "planned_steps is needed"),
+        ({"planned_steps": 0}, "planned_steps"),
+        ({"warmup_steps": -1}, "warmup_steps"),
+        ({"loss_type": "sigmoid"}, "loss_type"),
+        ({"loss_weights": (1.0,)}, "loss_weights"),
+        ({"max_length": 1}, "max_length"),
+    ],
+)
+def test_dpo(values, word):
+    with pytest.raises(ValueError, match=word):
+        DpoOptions(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ({"r": 0}, "r must"),
+        ({"lora_alpha": float("inf")}, "lora_alpha"),
+        ({"lora_dropout": 1.0}, "lora_dropout"),
+        ({"target_modules": ("q_proj", "lm_head")}, "lm_head"),
+        ({"target_modules": "q_proj"}, "target_modules"),
+        ({"target_modules": ()}, "target_modules"),
+        ({"layers_to_transform": ()}, "layers_to_transform"),
+    ],
+)
+def test_lora(values, word):
+    with pytest.raises(ValueError, match=word):
+        LoraOptions(**values)
+
+
+def test_defaults_are_sound():
+    assert LoraOptions().r == 16 and DpoOptions().loss_type == ("sigmoid", "sft")
