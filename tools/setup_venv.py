@@ -1,0 +1,96 @@
+"""Creates .venv and installs the project with its tested versions; `make` calls it when either is out of date.
+
+What pip prints goes to .venv/install.log; a terminal sees one moving line of it, and a fault shows pip's own words.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+VENV = ROOT / ".venv"
+PYTHON = VENV / "bin" / "python"
+LOG = VENV / "install.log"
+STEP = re.compile(r"^\s*(Collecting|Downloading|Building|Preparing|Installing)\b[^\n]*")
+CHECK = """
+import importlib.metadata as installed
+import ray, torch, transformers
+names = ("torch", "ray", "transformers", "peft", "trl")
+device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device, so everything runs on the CPU"
+print(", ".join(f"{name} {installed.version(name)}" for name in names) + f"; {device}")
+"""
+
+
+def say(stage: int, text: str) -> None:
+    print(f"[{stage}/3] {text}", flush=True)
+
+
+def create_venv() -> None:
+    """An environment that works is kept; one that does not (moved, half made, its Python gone) is made anew."""
+    if PYTHON.exists():
+        check = "import sys, pip; sys.exit(sys.version_info < (3, 11))"
+        if subprocess.run([PYTHON, "-c", check], capture_output=True).returncode == 0:
+            return say(1, "keeping .venv")
+        shutil.rmtree(VENV)
+    say(1, f"creating .venv with Python {sys.version.split()[0]}")
+    made = subprocess.run([sys.executable, "-m", "venv", VENV], capture_output=True, text=True)
+    if made.returncode != 0:
+        shutil.rmtree(VENV, ignore_errors=True)
+        sys.exit(
+            f"{made.stdout}{made.stderr}\n{sys.executable} cannot create a virtual environment; install its venv "
+            "module (Debian and Ubuntu: apt install python3-venv) or name another Python: make PYTHON=python3.12"
+        )
+
+
+def install() -> None:
+    """Runs pip with the user's own settings; exits with pip's last lines when it fails."""
+    say(2, "installing the packages (the first time about 2 GB and a few minutes; details: .venv/install.log)")
+    command = [PYTHON, "-m", "pip", "install", "--constraint", "constraints.txt", "--editable", ".[dev]"]
+    start, lines = time.monotonic(), []
+    with open(LOG, "w") as log:
+        pip = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
+        assert pip.stdout is not None
+        for line in pip.stdout:
+            log.write(line)
+            lines.append(line)
+            if sys.stdout.isatty() and STEP.match(line):
+                columns = shutil.get_terminal_size().columns
+                text = f"      {time.monotonic() - start:3.0f} s  {line.strip()}"
+                print(f"\r\033[K{text[: columns - 1]}", end="", flush=True)
+        status = pip.wait()
+    if sys.stdout.isatty():
+        print("\r\033[K", end="")
+    if status != 0:
+        faults = [line for line in lines if line.startswith("ERROR")] or lines[-20:]
+        sys.exit("".join(faults) + "pip could not install the packages; all that it printed is in .venv/install.log")
+    print(f"      done in {time.monotonic() - start:.0f} s", flush=True)
+
+
+def check() -> None:
+    """Imports the large packages once, so that a broken one shows here and not in the middle of a run."""
+    say(3, "checking")
+    found = subprocess.run([PYTHON, "-c", CHECK], cwd=ROOT, capture_output=True, text=True)
+    if found.returncode != 0:
+        sys.exit(f"{found.stderr}\nan installed package does not work; run make clean, then make again")
+    print(f"      {found.stdout.strip()}", flush=True)
+
+
+def main() -> None:
+    try:
+        create_venv()
+        install()
+        check()
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; the next make goes on from here")
+    (VENV / "installed.stamp").touch()
+
+
+if __name__ == "__main__":
+    main()
