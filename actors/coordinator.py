@@ -1,0 +1,178 @@
+"""The actor in the middle: it owns the stages, the verifiers and the official policy version."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import ray
+
+from actors.messages import CoordinatorSettings, Progress, PromptRow, RolloutResult
+from actors.pipeline import Pipeline, Placement
+from actors.policy_server import PolicyServer
+from actors.rollout import Rollout, build_requests
+from actors.verifier import VerifierPool
+
+if TYPE_CHECKING:
+    from actors.adapter_wire import PackedAdapter
+    from ember_ray.engine.sampling_params import SamplingParams
+    from ember_ray.model.lora import AdapterUpdate
+
+
+class CoordinatorMetrics:
+    """What only the coordinator knows, as Ray metrics."""
+
+    def __init__(self, run: str) -> None:
+        from ray.util.metrics import Counter, Gauge
+
+        self._reward = Gauge("ember_reward", description="mean reward of the last rollout", tag_keys=("run",))
+        self._queue = Gauge("ember_verifier_queue", description="candidates without a verdict", tag_keys=("run",))
+        self._candidates = Counter("ember_candidates_total", description="candidates scored", tag_keys=("run",))
+        self._recoveries = Counter("ember_recoveries_total", description="stage groups made anew", tag_keys=("run",))
+        for metric in (self._reward, self._queue, self._candidates, self._recoveries):
+            metric.set_default_tags({"run": run})
+
+    def step(self, progress: Progress) -> None:
+        """While a rollout runs."""
+        self._queue.set(progress.candidates_done - progress.candidates_scored)
+        if progress.reward_mean is not None:
+            self._reward.set(progress.reward_mean)
+
+    def ended(self, result: RolloutResult) -> None:
+        """After a rollout."""
+        self._candidates.inc(result.stats.candidates)
+        if result.stats.recoveries:
+            self._recoveries.inc(result.stats.recoveries)
+
+
+# Work runs in the default group, one call after the other; the group "watch" answers meanwhile.
+@ray.remote(num_cpus=0, concurrency_groups={"watch": 4})
+class Coordinator:
+    """Makes stages and verifiers as its children (they end with it) and does rollouts and publications with them."""
+
+    def __init__(self, settings: CoordinatorSettings, placement: Placement) -> None:
+        self._settings = settings
+        self._pool: VerifierPool | None = None
+        self._server = PolicyServer(Pipeline(settings, placement), settings.limits.failures)
+        self._metrics = CoordinatorMetrics(placement.run)
+        self._progress = Progress()
+        self._told = 0.0
+
+    def start(self) -> None:
+        """Brings up the verifiers and the stages; returns when they are ready.
+
+        Raises:
+            ValueError: the verifier does not exist, or the engine refuses the model or the options.
+            StageLost: the stages do not come up.
+        """
+        self._progress = Progress(phase="starting")
+        limits = self._settings.limits
+        self._pool = VerifierPool(self._settings.verifier, limits.verify)
+        self._server.start()
+        while not self._pool.ready:
+            ready, _ = ray.wait(self._pool.waitables, timeout=0.5)
+            self._pool.take(ready)
+            self._pool.late()
+        self._progress = Progress()
+
+    def rollout(
+        self, rows: Sequence[PromptRow], num_candidates: int, sampling_params: SamplingParams, round_number: int
+    ) -> RolloutResult:
+        """Generates and scores candidates of every row.
+
+        Args:
+            rows: their ids are unique in the batch.
+            sampling_params: how to draw; without a seed the run's seed counts.
+            round_number: another number gives other random numbers.
+
+        Raises:
+            ValueError: the rows or a request cannot be served; the text says which and why.
+            StageLost: the stages were lost too often in a row.
+        """
+        if self._pool is None:
+            raise RuntimeError("the coordinator is not started")
+        requests = build_requests(rows, num_candidates, sampling_params, self._settings.seed, round_number)
+        try:
+            result = Rollout(self._server, self._pool, rows, requests, self._report).run()
+        finally:
+            self._rest()
+        self._metrics.ended(result)
+        return result
+
+    def publish(self, update: AdapterUpdate | PackedAdapter) -> int:
+        """Makes an update the official version on all stages or on none; gives its version.
+
+        Raises:
+            AdapterError: the update is refused and the old version serves on.
+            StageLost: the stages were lost too often in a row.
+        """
+        self._progress = Progress(phase="publishing", policy_version=self._server.official)
+        try:
+            return self._server.publish(update)
+        finally:
+            self._rest()
+
+    def rollback(self, version: int) -> int:
+        """Makes an earlier version official again, exactly; 0 is the base model.
+
+        Raises:
+            AdapterError: that version is not kept.
+        """
+        self._progress = Progress(phase="publishing", policy_version=self._server.official)
+        try:
+            return self._server.rollback(version)
+        finally:
+            self._rest()
+
+    def stop(self) -> None:
+        """Ends the stages and the verifiers."""
+        self._server.close()
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+    @ray.method(concurrency_group="watch")
+    def progress(self) -> Progress:
+        """How far the running call is; cheap."""
+        return self._progress
+
+    @ray.method(concurrency_group="watch")
+    def policy_version(self) -> int:
+        """The official version."""
+        return self._server.official
+
+    @ray.method(concurrency_group="watch")
+    def versions(self) -> list[int]:
+        """Versions that `rollback` can go to."""
+        return self._server.versions
+
+    @ray.method(concurrency_group="watch")
+    def counters(self) -> list[dict[str, float]]:
+        """Each stage's counters."""
+        return self._server.pipeline.counters()
+
+    @ray.method(concurrency_group="watch")
+    def stage_versions(self) -> list[int]:
+        """The version that each stage serves; all the same, except in the moment of a publication."""
+        return self._server.pipeline.call_all("policy_version")
+
+    @ray.method(concurrency_group="watch")
+    def stage_processes(self) -> list[tuple[str, int]]:
+        """Node id and process id of each stage."""
+        pipeline = self._server.pipeline
+        return list(zip(pipeline.call_all("node_id"), pipeline.call_all("pid"), strict=True))
+
+    @ray.method(concurrency_group="watch")
+    def abort(self, request_id: str) -> None:
+        """Ends a request of the running rollout; its candidates come back with finish reason ``abort``."""
+        self._server.pipeline.abort(request_id)
+
+    def _report(self, progress: Progress) -> None:
+        self._progress = progress
+        if time.monotonic() - self._told > 0.5:
+            self._told = time.monotonic()
+            self._metrics.step(progress)
+
+    def _rest(self) -> None:
+        self._progress = Progress(recoveries=self._server.recoveries, policy_version=self._server.official)

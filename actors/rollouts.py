@@ -1,0 +1,127 @@
+"""The driver's side of the coordinator: plain calls with a time limit each, and errors as themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from actors.calls import wait
+from actors.cluster import Cluster
+from actors.messages import CoordinatorSettings, Progress, PromptRow, RolloutResult
+
+if TYPE_CHECKING:
+    from ember_ray.engine.sampling_params import SamplingParams
+
+OnProgress = Callable[[Progress], None]
+DAY_S = 86400.0
+
+
+class Rollouts:
+    """A running coordinator with its stages and verifiers.
+
+    The coordinator is a child of the driver and everything else a child of the coordinator, so the driver's end,
+    whatever its cause, ends all of them.
+
+    Args:
+        cluster: where to run.
+        settings: what to run; as many stages as ``settings.engine.layer_split`` names, and as the cluster placed.
+        on_progress: called a few times a second while the model is loaded.
+
+    Raises:
+        ValueError: the verifier does not exist, or the engine refuses the model or the options.
+        StageLost, ActorLost: the actors do not come up.
+    """
+
+    def __init__(self, cluster: Cluster, settings: CoordinatorSettings, on_progress: OnProgress | None = None) -> None:
+        from actors.coordinator import Coordinator
+
+        self._limits = settings.limits
+        actor: Any = Coordinator
+        self.handle = actor.options(name="ember-coordinator").remote(settings, cluster.placement)
+        start_limit = settings.limits.start * (settings.limits.failures + 1)
+        self._wait(self.handle.start.remote(), "the start of the stages", start_limit, on_progress)
+
+    def rollout(
+        self,
+        rows: Sequence[PromptRow],
+        num_candidates: int,
+        sampling_params: SamplingParams,
+        round_number: int,
+        on_progress: OnProgress | None = None,
+    ) -> RolloutResult:
+        """Generates and scores ``num_candidates`` candidates of every row; see `Coordinator.rollout`.
+
+        The rollout as a whole has no limit (a stalled one fails by ``limits.stall``), its progress calls have.
+        """
+        ref = self.handle.rollout.remote(rows, num_candidates, sampling_params, round_number)
+        return self._wait(ref, "the rollout", DAY_S, on_progress)
+
+    def publish(self, update: Any) -> int:
+        """Makes an adapter the official policy on all stages or on none.
+
+        Args:
+            update: an ``AdapterUpdate``, or better the ObjectRef of one (what ``learner.method.remote()`` gives):
+                then its tensors go from actor to actor and never through the driver.
+
+        Returns:
+            Its version.
+
+        Raises:
+            AdapterError: it is refused, the text says why; the old version serves on.
+        """
+        return self._wait(self.handle.publish.remote(update), "the publication", self._change_limit(), None)
+
+    def rollback(self, version: int) -> int:
+        """Goes back to an earlier version, exactly; 0 is the base model. Raises AdapterError if it is not kept."""
+        return self._wait(self.handle.rollback.remote(version), "the rollback", self._change_limit(), None)
+
+    def abort(self, request_id: str) -> None:
+        """Ends one request of a rollout that runs in another thread."""
+        self._watch("abort", request_id)
+
+    def progress(self) -> Progress:
+        """How far the running call is."""
+        return self._watch("progress")
+
+    @property
+    def policy_version(self) -> int:
+        """The official version."""
+        return self._watch("policy_version")
+
+    def versions(self) -> list[int]:
+        """Versions that `rollback` can go to."""
+        return self._watch("versions")
+
+    def counters(self) -> list[dict[str, float]]:
+        """Each stage's engine counters."""
+        return self._watch("counters")
+
+    def stage_versions(self) -> list[int]:
+        """The version that each stage serves."""
+        return self._watch("stage_versions")
+
+    def stage_processes(self) -> list[tuple[str, int]]:
+        """Node id and process id of each stage."""
+        return self._watch("stage_processes")
+
+    def stop(self) -> None:
+        """Ends the stages, the verifiers and the coordinator."""
+        from actors.calls import kill_all
+
+        self._wait(self.handle.stop.remote(), "the end of the stages", self._limits.call, None)
+        kill_all([self.handle])
+
+    def _watch(self, method: str, *arguments: Any) -> Any:
+        return wait(getattr(self.handle, method).remote(*arguments), f"the coordinator's {method}", self._limits.call)
+
+    def _change_limit(self) -> float:
+        """A publication may have to bring up the stages again."""
+        return self._limits.call * 4 + (self._limits.start + self._limits.call) * self._limits.failures
+
+    def _wait(self, ref: Any, what: str, limit_s: float, on_progress: OnProgress | None) -> Any:
+        def tick() -> None:
+            progress = self.progress()
+            if on_progress:
+                on_progress(progress)
+
+        return wait(ref, what, limit_s, tick)

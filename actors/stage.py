@@ -1,0 +1,135 @@
+"""The Ray actor that owns one device and the layers on it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+if TYPE_CHECKING:
+    from actors.adapter_wire import PackedAdapter
+    from ember_ray.engine.options import EngineOptions
+    from ember_ray.engine.request import Candidate, GenerationRequest
+
+
+@dataclass(frozen=True)
+class StagePlace:
+    """Where a stage runs: what its peers need to reach it, and how many cores its node has."""
+
+    node_id: str
+    address: str
+    free_port: int
+    cores: int
+    pid: int
+
+
+# Work runs in the default group, one thread, one call after the other; the group "control" answers meanwhile.
+@ray.remote(concurrency_groups={"control": 4})
+class StageActor:
+    """One pipeline stage: a `StageEngine` and the wires to its peers.
+
+    Args:
+        stage: which one, from 0.
+        num_stages: how many there are.
+        run: name of the run, a tag of the metrics.
+    """
+
+    def __init__(self, stage: int, num_stages: int, run: str) -> None:
+        self._stage, self._num_stages, self._run = stage, num_stages, run
+        self._engine: Any = None
+        self._transport: Any = None
+        self._ended = threading.Event()
+
+    def place(self) -> StagePlace:
+        """Answers as soon as the process is up; the port was free a moment ago."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = probe.getsockname()[1]
+        context = ray.get_runtime_context()
+        return StagePlace(
+            context.get_node_id(), ray.util.get_node_ip_address(), port, len(os.sched_getaffinity(0)), os.getpid()
+        )
+
+    def setup(
+        self, options: EngineOptions, master_addr: str, master_port: int, transport_limit_s: float, threads: int
+    ) -> None:
+        """Meets the peers and loads this stage's layers. Called on all stages at once.
+
+        Raises:
+            ModelError: the model folder cannot be served.
+            TransportError: a peer did not come.
+        """
+        import torch
+
+        from actors.stage_metrics import StageMetrics
+        from ember_ray.engine.stage_engine import StageEngine
+        from ember_ray.engine.transport import LoopbackTransport, ProcessGroupTransport
+
+        torch.set_num_threads(threads)
+        if self._num_stages == 1:
+            self._transport = LoopbackTransport()
+        else:
+            self._transport = ProcessGroupTransport(
+                self._stage, self._num_stages, master_addr, master_port, transport_limit_s
+            )
+        self._engine = StageEngine(options, self._stage, self._transport)
+        metrics = StageMetrics(self._stage, self._run)
+        threading.Thread(target=metrics.run, args=(self._engine, self._ended), name="metrics", daemon=True).start()
+
+    @ray.method(num_returns="streaming")
+    def rollout(self, requests: list[GenerationRequest]) -> Iterator[list[Candidate]]:
+        """Runs one batch together with the other stages; the last stage yields candidates as they finish."""
+        yield from self._engine.rollout(requests)
+
+    def stage_adapter(self, packed: PackedAdapter) -> str | None:
+        """Checks an update and holds it; None, or why it is refused."""
+        from actors.adapter_wire import unpack_adapter
+        from ember_ray.model.lora import AdapterError
+
+        try:
+            self._engine.stage_adapter(unpack_adapter(packed))
+        except AdapterError as refusal:
+            return str(refusal)
+        return None
+
+    def commit_adapter(self, version: int) -> None:
+        """Switches to a held or resident version."""
+        self._engine.commit_adapter(version)
+
+    def discard_adapter(self, version: int) -> None:
+        """Forgets a held version."""
+        self._engine.discard_adapter(version)
+
+    def resident_versions(self) -> list[int]:
+        """Versions that a commit can switch to without tensors."""
+        return list(self._engine.resident_versions)
+
+    @ray.method(concurrency_group="control")
+    def abort(self, request_id: str) -> None:
+        """Ends a request of the running batch; its candidates come back with finish reason ``abort``."""
+        self._engine.abort(request_id)
+
+    @ray.method(concurrency_group="control")
+    def counters(self) -> dict[str, float]:
+        """The engine's counters since this process began."""
+        return dict(self._engine.counters())
+
+    @ray.method(concurrency_group="control")
+    def policy_version(self) -> int:
+        """The version that serves; 0 is the base model."""
+        return int(self._engine.policy_version)
+
+    @ray.method(concurrency_group="control")
+    def pid(self) -> int:
+        """The process of this stage on its node."""
+        return os.getpid()
+
+    @ray.method(concurrency_group="control")
+    def node_id(self) -> str:
+        """Ray's name of the node it runs on."""
+        return ray.get_runtime_context().get_node_id()
