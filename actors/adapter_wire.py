@@ -27,7 +27,10 @@ class PackedAdapter:
 
 
 def pack_adapter(update: AdapterUpdate) -> PackedAdapter:
-    """Copies the tensors to the host; shapes, dtypes and bits stay as they are, faults included."""
+    """Brings the tensors to the host; shapes, dtypes and bits stay as they are, faults included.
+
+    Tensors that are there already share their memory with the result: hand it on (``ray.put``) before they change.
+    """
     import torch
 
     arrays, halves = {}, set()

@@ -53,6 +53,7 @@ class Pipeline:
             StageLost: a stage died or did not come up in time.
             ValueError: the engine refuses the model or the options.
         """
+        from ray.exceptions import ActorAlreadyExistsError
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         from actors.stage import StageActor
@@ -67,7 +68,10 @@ class Pipeline:
             }
             if self._placement.group is not None:
                 options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._placement.group, stage)
-            self.stages.append(actor.options(**options).remote(stage, self.num_stages, self._placement.run))
+            try:
+                self.stages.append(actor.options(**options).remote(stage, self.num_stages, self._placement.run))
+            except ActorAlreadyExistsError as taken:
+                raise StageLost(f"the name of stage {stage} is still taken") from taken
         places = self.call_all("place", limit_s=self._limits.start)
         nodes = [place.node_id for place in places]
         master = "127.0.0.1" if len(set(nodes)) == 1 else places[0].address

@@ -1,0 +1,95 @@
+"""Publication to two real stages, driven from this process so that each blow falls where it is aimed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from actors import cluster as clusters
+from actors.adapter_wire import pack_adapter
+from actors.calls import StageLost
+from actors.messages import Limits
+from actors.pipeline import Pipeline
+from actors.policy_server import PolicyServer
+from ember_ray.model.lora import AdapterError
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[clusters.Cluster]:
+    with clusters.start(2, run="test", dashboard=False) as made:
+        yield made
+
+
+class Saboteur(Pipeline):
+    """A pipeline whose stage 1 comes to harm just before a call."""
+
+    def __init__(self, *arguments) -> None:
+        super().__init__(*arguments)
+        self.kill_before: str | None = None
+        self.spoiled = None
+
+    def call_all(self, method, *arguments, limit_s=None):
+        if method == self.kill_before:
+            self.kill_before = None
+            os.kill(self.call_each("pid", [()] * 2)[1], signal.SIGKILL)
+        if method == "stage_adapter" and self.spoiled is not None:
+            return self.call_each(method, [arguments, (self.spoiled,)])
+        return super().call_all(method, *arguments, limit_s=limit_s)
+
+
+@pytest.fixture(scope="module")
+def server(cluster, make_settings) -> Iterator[PolicyServer]:
+    limits = Limits()
+    pipeline = Saboteur(make_settings((2, 2), limits=limits), cluster.placement)
+    made = PolicyServer(pipeline, limits.failures)
+    made.start()
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("before", ["stage_adapter", "commit_adapter", "resident_versions"])
+def test_a_stage_dies_and_one_version_is_left_everywhere(server, make_update, before: str) -> None:
+    version = server.highest + 1
+    server.pipeline.kill_before = before
+    assert server.publish(make_update(version)) == version
+    assert server.pipeline.kill_before is None
+    assert server.official == version
+    assert server.pipeline.call_all("policy_version") == [version, version]
+
+
+def test_one_refusal_and_all_forget_the_update(server, make_update) -> None:
+    before, version = server.official, server.highest + 1
+    server.pipeline.spoiled = pack_adapter(make_update(version, fault=float("inf")))
+    with pytest.raises(AdapterError, match="has NaN or Inf"):
+        server.publish(make_update(version))
+    server.pipeline.spoiled = None
+    assert server.official == before
+    assert server.pipeline.call_all("policy_version") == [before, before]
+    with pytest.raises(AdapterError, match="not resident"):
+        server.pipeline.call_all("commit_adapter", version)
+    assert server.publish(make_update(version + 1)) == version + 1
+
+
+def test_fresh_stages_can_be_rolled_back_too(server, make_update) -> None:
+    first = server.publish(make_update(server.highest + 1))
+    second = server.publish(make_update(server.highest + 1))
+    server.rollback(first)
+    server.recover(StageLost("for the test"))
+    assert server.pipeline.call_all("policy_version") == [first, first]
+    assert server.rollback(second) == second
+    assert server.pipeline.call_all("policy_version") == [second, second]
+    assert server.publish(make_update(second + 1)) == second + 1
+
+
+def test_losses_without_end_are_an_error(server, cluster, make_settings) -> None:
+    server.close()
+    limits = Limits(start=0.01, failures=3)
+    lost = PolicyServer(Pipeline(make_settings((4,), limits=limits), cluster.placement), limits.failures)
+    with pytest.raises(StageLost, match="3 times in a row"):
+        lost.start()
+    assert lost.pipeline.stages == []
