@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import tempfile
 import time
@@ -95,6 +96,12 @@ class DpoLearner:
                 raise LearnerError(f"the tokenizer of '{model_path}' has no EOS token")
             self.max_length = dpo.max_length or int(model.config.max_position_embeddings)
             self._vocab_size = int(model.config.vocab_size)
+            missing = [layer for layer in layers or () if layer >= model.config.num_hidden_layers]
+            if missing:
+                raise LearnerError(
+                    f"lora.layers_to_transform has layer {missing[0]}, but the model in '{model_path}' has only "
+                    f"{model.config.num_hidden_layers} layers, counted from 0"
+                )
             self._watch = StepWatch()
             self._trainer = WatchedDPOTrainer(
                 model=model,
@@ -142,12 +149,24 @@ class DpoLearner:
                 callbacks=[self._watch],
             )
             self._trainer.remove_callback(PrinterCallback)
+            self._check_patterns()
             optimizer = self._trainer.create_optimizer()
-        kind, warmup, planned = dpo.lr_scheduler_type, dpo.warmup_steps, dpo.planned_steps
+        kind, warmup, planned = dpo.lr_scheduler_type, dpo.whole_warmup_steps, dpo.planned_steps
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(kind, step, warmup, planned)
         )
         self._trainer.lr_scheduler = self._scheduler
+
+    def _check_patterns(self) -> None:
+        """PEFT passes over a pattern that fits no module; here that is a spelling mistake."""
+        adapted = self.adapter_update(0).scaling
+        for field in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self.lora, field):
+                if not any(re.match(rf"(.*\.)?({pattern})$", path) for path in adapted):
+                    raise LearnerError(
+                        f"lora.{field} has '{pattern}', which fits no adapted module; they are named like "
+                        f"'{next(iter(adapted))}', and the end of the name is enough"
+                    )
 
     @property
     def model(self) -> Any:

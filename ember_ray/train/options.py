@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from ember_ray.train.schedule import SCHEDULES
 
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
 
 @dataclass(frozen=True)
 class LoraOptions:
@@ -26,7 +28,7 @@ class LoraOptions:
 
     r: int = 16
     lora_alpha: float = 32.0
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    target_modules: tuple[str, ...] = LINEAR_LAYERS
     use_rslora: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -38,9 +40,8 @@ class LoraOptions:
         _need(math.isfinite(self.lora_alpha), "lora", f"lora_alpha must be finite, not {self.lora_alpha}")
         _need(0 <= self.lora_dropout < 1, "lora", f"lora_dropout must be in [0, 1), not {self.lora_dropout}")
         _need(not isinstance(self.target_modules, str), "lora", "target_modules must be a list, not one string")
-        known = LoraOptions.__dataclass_fields__["target_modules"].default
-        unknown = [name for name in self.target_modules if name not in known]
-        _need(not unknown, "lora", f"target_modules has '{''.join(unknown[:1])}', known are {', '.join(known)}")
+        unknown = [name for name in self.target_modules if name not in LINEAR_LAYERS]
+        _need(not unknown, "lora", f"target_modules has '{''.join(unknown[:1])}', known are {', '.join(LINEAR_LAYERS)}")
         _need(bool(self.target_modules), "lora", "target_modules must name at least one linear layer")
         _need(self.layers_to_transform != (), "lora", "layers_to_transform must name at least one layer, or be null")
 
@@ -52,7 +53,7 @@ class DpoOptions:
     Attributes:
         learning_rate: peak of the schedule (AdamW, no weight decay).
         lr_scheduler_type: ``constant``, ``linear`` or ``cosine``, see ``ember_ray.train.schedule``.
-        warmup_steps: optimizer steps of linear warm-up at the start of the run.
+        warmup_steps: optimizer steps of linear warm-up at the start of the run; below 1, a share of the planned ones.
         beta: how strongly the policy is held to the reference, the base model.
         loss_type, loss_weights: TRL's losses and their weights (None: 1 each); ``sft`` is the negative
             log-likelihood of the chosen answer.
@@ -71,7 +72,7 @@ class DpoOptions:
 
     learning_rate: float = 3e-4
     lr_scheduler_type: str = "constant"
-    warmup_steps: int = 0
+    warmup_steps: float = 0
     beta: float = 0.1
     loss_type: tuple[str, ...] = ("sigmoid", "sft")
     loss_weights: tuple[float, ...] | None = None
@@ -94,8 +95,10 @@ class DpoOptions:
         _need(known, "dpo", f"lr_scheduler_type must be one of {', '.join(SCHEDULES)}, not '{self.lr_scheduler_type}'")
         _need(self.warmup_steps >= 0, "dpo", f"warmup_steps must be at least 0, not {self.warmup_steps}")
         if self.planned_steps is None:
-            constant = self.lr_scheduler_type == "constant"
+            constant = self.lr_scheduler_type.startswith("constant")
             _need(constant, "dpo", f"planned_steps is needed for lr_scheduler_type '{self.lr_scheduler_type}'")
+            share = 0 < self.warmup_steps < 1
+            _need(not share, "dpo", f"planned_steps is needed for warmup_steps as a share ({self.warmup_steps})")
         else:
             _need(self.planned_steps >= 1, "dpo", f"planned_steps must be at least 1, not {self.planned_steps}")
         _need(bool(self.loss_type) and not isinstance(self.loss_type, str), "dpo", "loss_type must be a list of losses")
@@ -106,6 +109,13 @@ class DpoOptions:
             f"loss_weights must have one weight for each of loss_type's {len(self.loss_type)}",
         )
         _need(self.max_length is None or self.max_length >= 2, "dpo", "max_length must be at least 2 tokens")
+
+    @property
+    def whole_warmup_steps(self) -> int:
+        """The warm-up in optimizer steps, a share rounded up as transformers does."""
+        if 0 < self.warmup_steps < 1:
+            return math.ceil((self.planned_steps or 0) * self.warmup_steps)
+        return int(self.warmup_steps)
 
 
 def _need(ok: bool, what: str, message: str) -> None:

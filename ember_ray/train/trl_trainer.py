@@ -87,6 +87,8 @@ def quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             # transformers warns of names to come, which the oldest version that we take does not know.
             warnings.simplefilter("ignore", FutureWarning)
+            # PEFT's word on a pattern that fits nothing; the learner refuses it.
+            warnings.filterwarnings("ignore", message="The following .*_pattern keys", category=RuntimeWarning)
             yield
     finally:
         logging.set_verbosity(verbosity)

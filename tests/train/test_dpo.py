@@ -98,8 +98,7 @@ def test_rounds_equal_one_adamw_loop_in_plain_torch(tiny_qwen3, make_pair):
     restarted = plain_loop(tiny_qwen3, start, rounds, rates, beta=0.2, forget=True)
     error = max(float((learned.tensors[n] - kept[n]).abs().max()) for n in kept)
     wrong = max(float((learned.tensors[n] - restarted[n]).abs().max()) for n in kept)
-    print("ERR",error,wrong)
-    assert error < 2e-5
+    assert error < 1e-6
     assert wrong > 1e-3  # a learner that forgets its moments would be seen
 
 
@@ -157,9 +156,8 @@ def test_adapter_update_is_what_the_model_computes(tiny_qwen3, make_pair):
         peft = learner.model(ids).logits
         base = base_model(tiny_qwen3)(ids).logits
         mine = fold_in(base_model(tiny_qwen3), update)(ids).logits
-    print("PAR",(peft - mine).abs().max(), (peft-base).abs().max(), base.std())
     assert (peft - base).abs().max() > 0.5
-    assert (peft - mine).abs().max() < 1e-4
+    assert (peft - mine).abs().max() < 1e-5 * base.abs().max()
 
     before = {name: tensor.clone() for name, tensor in update.tensors.items()}
     learner.learn([make_pair()])

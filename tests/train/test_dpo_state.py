@@ -193,6 +193,13 @@ def test_a_missing_model_and_a_bad_dtype_are_named(tmp_path):
         DpoLearner(tmp_path, LORA, DPO, dtype="float16")
 
 
+def test_options_that_do_not_fit_the_model_are_refused(tiny_qwen3):
+    with pytest.raises(LearnerError, match="has layer 2, but the model in .* has only 2 layers"):
+        DpoLearner(tiny_qwen3, LoraOptions(layers_to_transform=(1, 2)), DPO)
+    with pytest.raises(LearnerError, match="lora.rank_pattern has 'q_prj', which fits no adapted module"):
+        DpoLearner(tiny_qwen3, LoraOptions(rank_pattern={"q_prj": 8}), DPO)
+
+
 def test_nothing_on_the_console_no_files_and_no_touched_generators(
     tiny_qwen3, make_pair, tmp_path, capfd, monkeypatch, recwarn
 ):

@@ -17,6 +17,7 @@ from ember_ray.train.options import DpoOptions, LoraOptions
         ({"epochs_per_round": 0}, "epochs_per_round"),
         ({"lr_scheduler_type": "cosinus"}, "cosinus"),
         ({"lr_scheduler_type": "cosine"}, "planned_steps is needed"),
+        ({"warmup_steps": 0.1}, "planned_steps is needed"),
         ({"planned_steps": 0}, "planned_steps"),
         ({"warmup_steps": -1}, "warmup_steps"),
         ({"loss_type": "sigmoid"}, "loss_type"),
@@ -48,3 +49,9 @@ def test_lora(values, word):
 
 def test_defaults_are_sound():
     assert LoraOptions().r == 16 and DpoOptions().loss_type == ("sigmoid", "sft")
+
+
+def test_a_warmup_below_one_is_a_share():
+    assert DpoOptions(warmup_steps=0.1, planned_steps=25).whole_warmup_steps == 3
+    assert DpoOptions(warmup_steps=4, planned_steps=25).whole_warmup_steps == 4
+    assert DpoOptions().whole_warmup_steps == 0

@@ -28,4 +28,5 @@ def test_beyond_the_plan_the_last_planned_rate_stays(kind):
 
 def test_constant():
     assert [learning_rate_factor("constant", step, 0, None) for step in (0, 5, 500)] == [1.0] * 3
-    assert [learning_rate_factor("constant", step, 4, None) for step in (0, 1, 4, 500)] == [0.0, 0.25, 1.0, 1.0]
+    for kind in ("constant", "constant_with_warmup"):
+        assert [learning_rate_factor(kind, step, 4, None) for step in (0, 1, 4, 500)] == [0.0, 0.25, 1.0, 1.0]
