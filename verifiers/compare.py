@@ -8,11 +8,10 @@ leaves of the gold there are missing and all of the answer are invented.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from verifiers.normalize import normal_date, normal_string, numbers_equal
+from verifiers.normalize import normal_date, normal_string, numbers_equal, too_long_to_equal
 from verifiers.schema import CompiledSchema
 
 Path = tuple[str | int, ...]
@@ -119,8 +118,8 @@ class _Comparer:
         elif isinstance(gold, list) and isinstance(value, list):
             members = ((index, (index < len(gold), index < len(value))) for index in range(max(len(gold), len(value))))
         elif isinstance(gold, dict | list) or isinstance(value, dict | list):
-            self.result.missing.extend(_leaves(gold, path))
-            self.result.invented.extend(_leaves(value, path))
+            _add_leaves(gold, path, self.result.missing)
+            _add_leaves(value, path, self.result.invented)
             return
         else:
             right = self._equal(gold, value, schemas)
@@ -134,9 +133,9 @@ class _Comparer:
                 inner = self.schema.children(schemas, key) if self.schema is not None and schemas else ()
                 self.compare(gold[key], value[key], below, inner)
             elif in_gold:
-                self.result.missing.extend(_leaves(gold[key], below))
+                _add_leaves(gold[key], below, self.result.missing)
             else:
-                self.result.invented.extend(_leaves(value[key], below))
+                _add_leaves(value[key], below, self.result.invented)
 
     def _equal(self, gold: Any, value: Any, schemas: tuple[Any, ...]) -> bool:
         if gold is None or isinstance(gold, bool):
@@ -153,7 +152,10 @@ class _Comparer:
             gold_date = normal_date(gold)
             if gold_date is not None and gold_date == normal_date(value, options.date_formats):
                 return True
-        return self._normal(gold) == self._normal(value)
+        gold = self._normal(gold)
+        if options.nfkc and not value.isascii() and too_long_to_equal(value, gold):
+            return False
+        return gold == self._normal(value)
 
     def _normal(self, text: str) -> str:
         options = self.options
@@ -161,12 +163,19 @@ class _Comparer:
                              casefold=options.casefold)
 
 
-def _leaves(value: Any, path: Path) -> Iterator[Path]:
+def leaves(value: Any) -> list[Path]:
+    """The paths of all leaves of a JSON value, in its order; an empty object or array is a leaf."""
+    found: list[Path] = []
+    _add_leaves(value, (), found)
+    return found
+
+
+def _add_leaves(value: Any, path: Path, to: list[Path]) -> None:
     if isinstance(value, dict) and value:
         for key, member in value.items():
-            yield from _leaves(member, (*path, key))
+            _add_leaves(member, (*path, key), to)
     elif isinstance(value, list) and value:
         for index, item in enumerate(value):
-            yield from _leaves(item, (*path, index))
+            _add_leaves(item, (*path, index), to)
     else:
-        yield path
+        to.append(path)

@@ -95,6 +95,7 @@ def verify(
     Raises ValueError for a fault in gold, schema or weights; never for anything in `text`.
     """
     compiled = _prepare(gold, schema)
+    design.check_gold(gold)
     found = find_json(text, kind_of(gold))
     if isinstance(found, NotFound):
         return Verdict(0.0, dict.fromkeys(COMPONENTS, 0.0), found.reason)

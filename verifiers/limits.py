@@ -11,7 +11,7 @@ MAX_TEXT_CHARS = 150_000
 # Characters of one JSON value.
 MAX_JSON_CHARS = 65_536
 # Objects, arrays and scalars read in one search of the text (a failed start counts as one).
-MAX_VALUES = 2_500
+MAX_VALUES = 2_000
 # Containers inside one another. jsonschema recurses, and Python's stack is short.
 MAX_DEPTH = 32
 # Characters of one object key: keys are searched with a schema's patternProperties.
@@ -20,8 +20,8 @@ MAX_KEY_CHARS = 128
 MAX_NUMBER_CHARS = 400
 # Characters of a string that a schema's `pattern` is tried on: re.search is quadratic for many ordinary patterns.
 MAX_PATTERN_CHARS = 1_000
-# Keyword checks of one validation; long strings and patterns cost several (see `schema.py`).
-MAX_SCHEMA_STEPS = 8_000
+# Keyword checks of one validation; faults, long strings and patterns cost several (see `schema.py`).
+MAX_SCHEMA_STEPS = 3_000
 # Field paths listed in a verdict, for each of missing, invented and wrong. Counts and rewards use all of them.
 MAX_REPORTED_PATHS = 200
 # A run of more combining marks than this is not normalized: normalization sorts a run in quadratic time. 30 is the

@@ -20,6 +20,7 @@ _RFC3339 = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]{1,30})?(?:[Zz]|[+-][0-9]{2}:[0-9]{2})"
 )
 _MAX_DATE_CHARS = 64
+_CHUNK = 256
 
 
 def is_full_date(text: str) -> bool:
@@ -93,6 +94,24 @@ def normal_string(text: str, *, nfkc: bool, collapse_whitespace: bool, casefold:
     if collapse_whitespace:
         text = " ".join(text.split())
     return text.casefold() if casefold else text
+
+
+def too_long_to_equal(text: str, normal: str) -> bool:
+    """True if `text` in NFKC cannot be as short as `normal`, read only as far as it takes to know.
+
+    NFKC is slow and makes up to 18 characters of one, so a long text is not worth normalizing to find it unequal.
+    Composing makes one character of four at most (UAX #15: no canonical decomposition is longer), and white space is
+    not counted because it may collapse: a quarter of the decomposed letters is the least that can be left.
+    """
+    letters, allowed = 0, 4 * len(normal)
+    for start in range(0, len(text), _CHUNK):
+        chunk = text[start : start + _CHUNK]
+        if not chunk.isascii() and not _has_long_combining_run(chunk):
+            chunk = unicodedata.normalize("NFKD", chunk)
+        letters += len("".join(chunk.split()))
+        if letters > allowed:
+            return True
+    return False
 
 
 def _has_long_combining_run(text: str) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from verifiers.compare import Comparison, Path, dotted
+from verifiers.compare import Comparison, Path, dotted, leaves
 
 DesignName = Literal["binary", "weighted", "decomposed"]
 
@@ -60,24 +60,16 @@ class RewardDesign:
         """The shares of the decomposed reward, defaults filled in; not normalized."""
         return {**DEFAULT_SHARES, **self.weights}
 
-    def fields_score(self, comparison: Comparison) -> float:
-        """Weight of the right leaves over that of all leaves of the gold and the invented ones, 0 to 1.
-
-        Raises ValueError if no field of the gold has a weight above 0: nothing could be learned from it.
-        """
-        if self.name != "weighted" or not self.weights:
-            right = len(comparison.right)
-            others = len(comparison.wrong) + len(comparison.missing) + len(comparison.invented)
-            return right / (right + others) if right else 0.0
-        longest = max(_steps(key) for key in self.weights)
-        right_weight, wrong, missing, invented = (
-            math.fsum(self._weight(path, longest) for path in paths)
-            for paths in (comparison.right, comparison.wrong, comparison.missing, comparison.invented)
-        )
-        gold = right_weight + wrong + missing
-        if gold <= 0 and (comparison.right or comparison.wrong or comparison.missing):
+    def check_gold(self, gold: object) -> None:
+        """Raise ValueError if no field of `gold` has a weight above 0: nothing could be learned from it."""
+        if self._is_weighted and self._total(leaves(gold)) <= 0:
             raise ValueError("no field of the gold answer has a weight above 0: give one of its fields a weight")
-        return right_weight / (gold + invented) if right_weight else 0.0
+
+    def fields_score(self, comparison: Comparison) -> float:
+        """Weight of the right leaves over that of all leaves of the gold and the invented ones, 0 to 1."""
+        parts = (comparison.right, comparison.wrong, comparison.missing, comparison.invented)
+        right, *others = (self._total(paths) if self._is_weighted else len(paths) for paths in parts)
+        return right / math.fsum((right, *others)) if right else 0.0
 
     def reward(self, components: Mapping[str, float]) -> float:
         """The scalar, 0 to 1, from a verdict's components."""
@@ -88,6 +80,14 @@ class RewardDesign:
         shares = self.shares
         # Divided by fsum of the same shares: an answer with every part at 1 gets exactly 1.
         return math.fsum(share * components[part] for part, share in shares.items()) / math.fsum(shares.values())
+
+    @property
+    def _is_weighted(self) -> bool:
+        return self.name == "weighted" and bool(self.weights)
+
+    def _total(self, paths: list[Path]) -> float:
+        longest = max(_steps(key) for key in self.weights)
+        return math.fsum(self._weight(path, longest) for path in paths)
 
     def _weight(self, path: Path, longest: int) -> float:
         for length in range(min(len(path), longest), 0, -1):

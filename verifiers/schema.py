@@ -27,6 +27,8 @@ _FORMATS.checks("date")(lambda value: not isinstance(value, str) or is_full_date
 _FORMATS.checks("date-time")(lambda value: not isinstance(value, str) or is_date_time(value))
 
 _GOLDS_REMEMBERED = 4_096
+# An error object with its message takes about as long as three keyword checks; branches of anyOf collect many.
+_ERROR_COST = 3
 _steps = local()
 
 
@@ -44,6 +46,8 @@ class CompiledSchema:
 
     def __init__(self, schema: dict[str, Any]) -> None:
         """Raises ValueError if `schema` is no valid JSON Schema, or has a $ref that does not lead anywhere in it."""
+        if not isinstance(schema.get("$schema", ""), str):
+            raise ValueError(f"the JSON Schema's $schema must be a string, not {schema['$schema']!r}")
         plain = validators.validator_for(schema, default=Draft202012Validator)
         try:
             plain.check_schema(schema)
@@ -66,8 +70,6 @@ class CompiledSchema:
             return f"schema: not decided within {limits.MAX_SCHEMA_STEPS} keyword checks"
         except RecursionError:
             return "schema: too deeply nested to be checked"
-        except ArithmeticError:  # multipleOf of numbers far apart
-            return "schema: a number is out of the range that can be checked"
         return None if error is None else f"schema: {_where(error)}: {_short(error.message)}"
 
     def check_gold(self, gold: object) -> None:
@@ -139,7 +141,7 @@ def _compile(text: str) -> CompiledSchema:
     return CompiledSchema(json.loads(text))
 
 
-def _resource(schema: dict[str, Any]) -> Resource[Any]:
+def _resource(schema: Any) -> Resource[Any]:
     return Resource.from_contents(schema, default_specification=DRAFT202012)
 
 
@@ -147,19 +149,25 @@ def _check_references(schema: dict[str, Any]) -> None:
     """Raise ValueError for a $ref that leads to another document or nowhere."""
     root = _resource(schema)
     waiting = [(root, SPECIFICATIONS.resolver_with_root(root))]
+    seen: set[int] = set()
     while waiting:
         resource, resolver = waiting.pop()
         contents = resource.contents
-        for keyword in ("$ref", "$dynamicRef") if isinstance(contents, dict) else ():
+        if id(contents) in seen or not isinstance(contents, dict):
+            continue
+        seen.add(id(contents))
+        waiting.extend((sub, resolver.in_subresource(sub)) for sub in resource.subresources())
+        for keyword in ("$ref", "$dynamicRef"):
             reference = contents.get(keyword)
             if not isinstance(reference, str):
                 continue
             try:
-                resolver.lookup(reference)
+                target = resolver.lookup(reference)
             except Unresolvable:
                 raise ValueError(f"the JSON Schema's {keyword} {reference!r} is not in the schema: remote schemas are "
                                  "not fetched, copy it into $defs") from None
-        waiting.extend((sub, resolver.in_subresource(sub)) for sub in resource.subresources())
+            # Followed, because it may lead under a key that is no schema keyword, such as #/components/schemas.
+            waiting.append((_resource(target.contents), target.resolver))
 
 
 def _objects(schema: object) -> Iterator[dict[str, Any]]:
@@ -181,12 +189,18 @@ def _counted(name: str, check: Callable[..., Any]) -> Callable[..., Iterator[Val
         check = _bounded_pattern(check)
 
     def counted(validator: Any, keyword: Any, instance: Any, schema: Any) -> Iterator[ValidationError]:
-        _steps.left -= _cost(name, instance)
-        if _steps.left < 0:
-            raise _OutOfSteps
-        yield from check(validator, keyword, instance, schema) or ()
+        _spend(_cost(name, instance))
+        for error in check(validator, keyword, instance, schema) or ():
+            _spend(_ERROR_COST)
+            yield error
 
     return counted
+
+
+def _spend(steps: int) -> None:
+    _steps.left -= steps
+    if _steps.left < 0:
+        raise _OutOfSteps
 
 
 def _cost(name: str, instance: Any) -> int:
@@ -220,7 +234,10 @@ def _identity(value: Any) -> Any:
         return "object", frozenset((key, _identity(member)) for key, member in value.items())
     if isinstance(value, list):
         return "array", tuple(_identity(item) for item in value)
-    return isinstance(value, bool), value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return type(value).__name__, value
+    # As text, because the hashes of integers are easy to make collide.
+    return "number", str(int(value)) if value == int(value) else repr(value)
 
 
 def _where(error: ValidationError | SchemaError) -> str:
@@ -228,4 +245,5 @@ def _where(error: ValidationError | SchemaError) -> str:
 
 
 def _short(text: str, length: int = 160) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
+    """`text` with its middle left out if it is long: a message begins with the value and ends with what is wrong."""
+    return text if len(text) <= length else text[: length // 2] + "…" + text[-(length // 2 - 1) :]
