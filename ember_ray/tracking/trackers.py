@@ -125,7 +125,7 @@ class WandbTracker:
     def _start(self, run_dir: Path, name: str, config: Mapping[str, Any], mode: str) -> Any:
         import wandb
 
-        run_dir.mkdir(parents=True, exist_ok=True)
+        _writable_wandb_home(run_dir)
         wanted = {
             "x_transaction_log_flush_interval": 1.0,  # by default a killed run keeps nothing of its last 15 s
             "console": "off",  # the console redraws itself; copying it makes a log that nobody can read
@@ -170,6 +170,16 @@ class WandbTracker:
             self._run = None
 
 
+def _writable_wandb_home(run_dir: Path) -> None:
+    """W&B stages tables below the home folder; where that cannot be written, below the run folder instead."""
+    for variable, default in (("WANDB_DATA_DIR", "~/.local/share/wandb"), ("WANDB_CACHE_DIR", "~/.cache/wandb")):
+        if variable not in os.environ:
+            try:
+                os.makedirs(os.path.expanduser(default), exist_ok=True)
+            except OSError:
+                os.environ[variable] = str((run_dir / "wandb").resolve())
+
+
 def _wandb_mode() -> str:
     asked = os.environ.get("WANDB_MODE", "")
     if asked:
@@ -179,11 +189,13 @@ def _wandb_mode() -> str:
 
 def _wandb_login() -> bool:
     """Whether ``wandb login`` has left a key for the server in the user's netrc file."""
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    import wandb
+
+    hosts = {urlparse(wandb.Settings().base_url).hostname or "", "api.wandb.ai"}
     for file in (os.environ.get("NETRC", ""), "~/.netrc", "~/_netrc"):
         path = os.path.expanduser(file)
         try:
-            if file and os.path.isfile(path) and netrc.netrc(path).authenticators(host):
+            if file and os.path.isfile(path) and any(netrc.netrc(path).authenticators(host) for host in hosts):
                 return True
         except (netrc.NetrcParseError, OSError):
             continue
