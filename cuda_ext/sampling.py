@@ -34,7 +34,7 @@ def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
 
 
 def uniforms(seeds: Tensor, prompts: Tensor, candidates: Tensor, positions: Tensor) -> Tensor:
-    """One number in [0, 1) per row, fixed by the row's own identity and nothing else.
+    """One number in (0, 1) per row, fixed by the row's own identity and nothing else.
 
     Args:
         seeds: [n] int64, the request's seed.
@@ -43,12 +43,12 @@ def uniforms(seeds: Tensor, prompts: Tensor, candidates: Tensor, positions: Tens
         positions: [n] int64, the index of the token to draw.
 
     Returns:
-        [n] float64 with 53 random bits.
+        [n] float64 with 52 random bits; never 0, which would draw a first token of any probability.
     """
     counter = torch.stack((candidates, positions, prompts & _MASK32, (prompts >> 32) & _MASK32), dim=-1)
     key = torch.stack((seeds & _MASK32, (seeds >> 32) & _MASK32), dim=-1)
     words = philox4x32(counter, key)
-    return ((words[:, 0] << 21) | (words[:, 1] >> 11)).double() * 2.0**-53
+    return ((words[:, 0] << 20) | (words[:, 1] >> 12)).double() * 2.0**-52 + 2.0**-53
 
 
 def filter_logits(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def sample(
         logits: [n, vocab], any float dtype.
         temperature: [n] float32, 0 for greedy (the lowest id among equals).
         top_k, top_p, min_p: as in :func:`filter_logits`.
-        draws: [n] float64 in [0, 1).
+        draws: [n] float64 in (0, 1).
 
     Returns:
         tokens [n] int64; logprob [n] float32, under the model at temperature 1; sampling_logprob [n] float32,

@@ -94,3 +94,8 @@ class BlockPool:
             self._holders[block] -= 1
             if self._holders[block] == 0:
                 self._free[block] = None
+
+    def forget(self) -> None:
+        """Empties the index: no block is found any more. For when a planned step was never computed."""
+        self._index.clear()
+        self._key_of = [None] * self.num_blocks

@@ -111,7 +111,7 @@ class Scheduler:
             raise RequestError(f"{name}: the prompt has no tokens")
         if length >= self.max_model_len:
             raise RequestError(
-                f"{name}: the prompt has {length} tokens, the context holds {self.max_model_len} together with the answer"
+                f"{name}: the prompt has {length} tokens, the context holds {self.max_model_len} with the answer"
             )
         answer = min(request.sampling_params.max_tokens, self.max_model_len - length)
         need = self.blocks_for(length) + self.blocks_for(answer)
@@ -144,12 +144,12 @@ class Scheduler:
                 group = groups.get(key)
                 if group is None:
                     keys = prefix_keys(prompt, self.block_size, policy_version) if self.prefix_sharing else []
-                    group = PromptGroup(prompt, len(groups), keys, prompt_hash(prompt), lane=len(groups) % self.num_lanes)
+                    group = PromptGroup(
+                        prompt, len(groups), keys, prompt_hash(prompt), lane=len(groups) % self.num_lanes
+                    )
                     groups[key] = group
                 max_tokens = min(params.max_tokens, self.max_model_len - len(prompt))
-                group.candidates.append(
-                    Sequence(group, number, request.request_id, index, 0, params, seed, max_tokens)
-                )
+                group.candidates.append(Sequence(group, number, request.request_id, index, 0, params, seed, max_tokens))
         order = 0
         for group in groups.values():
             for sequence in group.candidates:
@@ -188,9 +188,11 @@ class Scheduler:
         """Plans the next step of a lane whose last step has been finished; empty when it has to wait."""
         plan = StepPlan(lane)
         budget = self.max_num_batched_tokens
-        budget = self._plan_running(plan, budget)
+        budget = self._plan_decodes(plan, budget)
+        budget = self._plan_suffixes(plan, budget)
         budget = self._plan_prompts(plan, budget)
-        self._admit(plan, budget)
+        budget = self._admit(plan, budget)
+        self._plan_suffixes(plan, budget)  # of those that have just come back
         plan.samples = [
             *plan.decodes,
             *(chunk.sequence for chunk in plan.suffix_chunks if chunk.last == len(chunk.sequence.token_ids)),
@@ -213,10 +215,8 @@ class Scheduler:
                 ended.append(sequence)
         return ended
 
-    def _plan_running(self, plan: StepPlan, budget: int) -> int:
-        """Decodes first; then, as far as the budget goes, what a preemption took away."""
+    def _plan_decodes(self, plan: StepPlan, budget: int) -> int:
         running = self.running[plan.lane]
-        behind = []
         for sequence in list(running):
             if sequence.order > running[-1].order:  # preempted: victims leave from the end
                 break
@@ -225,20 +225,18 @@ class Scheduler:
                 continue
             if not self._grow(sequence, length):
                 break
-            if not sequence.group.prompt_done:
-                continue
-            if length - sequence.num_computed == 1:
+            if sequence.group.prompt_done and length - sequence.num_computed == 1:
                 plan.decodes.append(sequence)
                 sequence.num_computed = length
                 budget -= 1
-            else:
-                behind.append(sequence)
-        for sequence in behind:
-            if not running or sequence.order > running[-1].order:
-                break
-            first = sequence.num_computed
-            last = min(len(sequence.token_ids), first + budget)
-            if last > first:
+        return budget
+
+    def _plan_suffixes(self, plan: StepPlan, budget: int) -> int:
+        """Makes anew what a preemption took away."""
+        for sequence in self.running[plan.lane]:
+            first, length = sequence.num_computed, len(sequence.token_ids)
+            last = min(length, first + budget)
+            if sequence.group.prompt_done and first < last:
                 plan.suffix_chunks.append(SuffixChunk(sequence, first, last))
                 sequence.num_computed = last
                 self.recomputed_tokens += last - first
@@ -281,7 +279,7 @@ class Scheduler:
             self.pool.publish(group.block_table[place], group.keys[place])
         return last - first
 
-    def _admit(self, plan: StepPlan, budget: int) -> None:
+    def _admit(self, plan: StepPlan, budget: int) -> int:
         """Lets waiting candidates in, in order, as far as places, tokens and blocks go."""
         running, waiting = self.running[plan.lane], self.waiting[plan.lane]
         while waiting and len(running) < self.max_lane_seqs:
@@ -294,15 +292,15 @@ class Scheduler:
                 found = self.pool.lookup(group.keys[: usable // self.block_size])
                 hit_tokens = len(found) * self.block_size
                 if budget == 0 and hit_tokens < length:
-                    return
+                    break
                 fresh = self.blocks_for(length) - len(found)
                 if fresh + own + sum(map(self.pool.is_free, found)) > self.pool.num_free:
-                    return
+                    break
                 self.pool.hold(found)
                 group.block_table = found + self.pool.allocate(fresh)
                 group.num_computed = hit_tokens
             elif own > self.pool.num_free:
-                return
+                break
             if not sequence.was_admitted:
                 sequence.was_admitted = True
                 self.prefix_hit_tokens += hit_tokens
@@ -310,6 +308,7 @@ class Scheduler:
             group.num_admitted += 1
             insort(running, waiting.pop(0), key=_ORDER)
             budget -= self._plan_prompt(plan, group, budget)
+        return budget
 
     def _leave(self, sequence: Sequence) -> None:
         """Takes a candidate out of its lane and gives its blocks back; the prompt's with the last of its group."""

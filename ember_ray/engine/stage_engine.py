@@ -70,7 +70,9 @@ class StageEngine:
         self.config = config = read_model_config(options.model)
         split = plan_stages(config, options.layer_split or (config.num_hidden_layers,))
         if transport.world_size != len(split) or transport.rank != stage:
-            raise ValueError(f"stage {stage} of {len(split)} got a transport of {transport.rank}/{transport.world_size}")
+            raise ValueError(
+                f"stage {stage} of {len(split)} got a transport of {transport.rank}/{transport.world_size}"
+            )
         limit = config.max_position_embeddings
         if options.max_model_len is not None and options.max_model_len > limit:
             raise ValueError(f"max_model_len {options.max_model_len} is beyond the model's {limit} positions")
@@ -81,7 +83,13 @@ class StageEngine:
         self.is_last = self.model.is_last
         self._stop_check = StopCheck(Tokenizer(options.model), config.eos_token_ids) if self.is_last else None
         self._slots = AdapterSlots(config, layers, self.dtype, options.device)
-        shape = (len(layers), 2, options.num_kv_blocks * options.block_size, config.num_key_value_heads, config.head_dim)
+        shape = (
+            len(layers),
+            2,
+            options.num_kv_blocks * options.block_size,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
         self.kv_cache = torch.zeros(shape, dtype=self.dtype, device=options.device)
         self.num_lanes = options.micro_batches or len(split)
         self.scheduler = Scheduler(
@@ -151,6 +159,9 @@ class StageEngine:
         try:
             yield from self._loop(numbers)
             self.transport.flush()
+        except BaseException:
+            self.scheduler.pool.forget()  # a step may have been planned, and its blocks published, but not computed
+            raise
         finally:
             self._is_rolling_out = False
             self.scheduler.clear()

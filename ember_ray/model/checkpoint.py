@@ -57,7 +57,7 @@ class Checkpoint:
         tensor = self._handle(self._file_of[name]).get_tensor(name)
         if tuple(tensor.shape) != shape:
             raise ModelError(
-                f"model folder '{self.folder}': tensor '{name}' is {tuple(tensor.shape)}, its configuration says {shape}"
+                f"model folder '{self.folder}': tensor '{name}' is {tuple(tensor.shape)}, config.json says {shape}"
             )
         self.names_read.append(name)
         return tensor.to(device=device, dtype=dtype)

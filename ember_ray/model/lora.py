@@ -72,7 +72,7 @@ def check_adapter(update: AdapterUpdate, shapes: Mapping[str, tuple[int, int]], 
         match = _TENSOR_NAME.match(name)
         if match is None:
             raise AdapterError(
-                f"adapter tensor '{name}' is not a LoRA A or B of a Qwen3 linear layer (known: {', '.join(PROJECTIONS)})"
+                f"adapter tensor '{name}' is no LoRA A or B of a Qwen3 linear layer (those: {', '.join(PROJECTIONS)})"
             )
         path, layer, projection, half = match[1], int(match[2]), match[3], match[4]
         if projection not in shapes:
@@ -80,7 +80,9 @@ def check_adapter(update: AdapterUpdate, shapes: Mapping[str, tuple[int, int]], 
         if layer >= num_layers:
             raise AdapterError(f"adapter tensor '{name}': the model has only {num_layers} layers")
         if not tensor.is_floating_point() or tensor.dim() != 2:
-            raise AdapterError(f"adapter tensor '{name}' must be a 2-d float tensor, not {tensor.dtype} {tuple(tensor.shape)}")
+            raise AdapterError(
+                f"adapter tensor '{name}' must be a 2-d float tensor, not {tensor.dtype} {tuple(tensor.shape)}"
+            )
         if not bool(torch.isfinite(tensor).all()):
             raise AdapterError(f"adapter tensor '{name}' has NaN or Inf")
         if half in halves.setdefault(path, {}):
@@ -161,6 +163,8 @@ def load_peft_adapter(folder: str | Path, version: int) -> AdapterUpdate:
             alpha = _pattern_value(config.get("alpha_pattern") or {}, match[1], config["lora_alpha"])
             expected = int(_pattern_value(config.get("rank_pattern") or {}, match[1], config["r"]))
             if rank != expected:
-                raise AdapterError(f"PEFT adapter '{folder}': '{name}' has rank {rank}, its configuration says {expected}")
+                raise AdapterError(
+                    f"PEFT adapter '{folder}': '{name}' has rank {rank}, its configuration says {expected}"
+                )
             scaling[match[1]] = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     return AdapterUpdate(version, tensors, scaling)

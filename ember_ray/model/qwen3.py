@@ -92,13 +92,9 @@ class DecoderLayer:
         else:
             normed, residual = add_rms_norm(x, residual, self.input_norm, eps)
         qkv = self.linear("qkv_proj", normed, lora)
-        q = qk_norm_rope_write(
-            qkv, self.q_norm, self.k_norm, eps, table, positions, k_cache, v_cache, slots
-        )
+        q = qk_norm_rope_write(qkv, self.q_norm, self.k_norm, eps, table, positions, k_cache, v_cache, slots)
         attended = attention(q, k_cache, v_cache).flatten(1)
-        normed, residual = add_rms_norm(
-            self.linear("o_proj", attended, lora), residual, self.post_attention_norm, eps
-        )
+        normed, residual = add_rms_norm(self.linear("o_proj", attended, lora), residual, self.post_attention_norm, eps)
         return self.linear("down_proj", swiglu(self.linear("gate_up_proj", normed, lora)), lora), residual
 
 
@@ -115,7 +111,13 @@ class StageModel:
     """
 
     def __init__(
-        self, folder: str | Path, config: Qwen3Config, layers: range, dtype: torch.dtype, device: str, max_positions: int
+        self,
+        folder: str | Path,
+        config: Qwen3Config,
+        layers: range,
+        dtype: torch.dtype,
+        device: str,
+        max_positions: int,
     ) -> None:
         self.config, self.layers, self.dtype, self.device = config, layers, dtype, device
         self.is_first, self.is_last = layers.start == 0, layers.stop == config.num_hidden_layers

@@ -47,9 +47,7 @@ class AdapterSlots:
         keep: how many adapters stay resident; the oldest leave, never the active one.
     """
 
-    def __init__(
-        self, config: Qwen3Config, layers: range, dtype: torch.dtype, device: str, keep: int = 8
-    ) -> None:
+    def __init__(self, config: Qwen3Config, layers: range, dtype: torch.dtype, device: str, keep: int = 8) -> None:
         self._config, self._layers, self._dtype, self._device, self._keep = config, layers, dtype, device, keep
         self._resident: dict[int, dict[int, LayerLora]] = {BASE_VERSION: {}}
         self._staged: dict[int, dict[int, LayerLora]] = {}

@@ -1,0 +1,190 @@
+"""The scheduler alone, with made-up tokens: what must hold for any load."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ember_ray.engine.block_pool import BlockPool
+from ember_ray.engine.request import GenerationRequest
+from ember_ray.engine.sampling_params import SamplingParams
+from ember_ray.engine.scheduler import RequestError, Scheduler, StepPlan
+
+MAX_LEN = 48
+
+
+@dataclass(frozen=True)
+class Load:
+    requests: tuple[GenerationRequest, ...]
+    block_size: int
+    num_blocks: int
+    max_num_seqs: int
+    budget: int
+    lanes: int
+
+
+@st.composite
+def loads(draw: st.DrawFn) -> Load:
+    block_size = draw(st.sampled_from([1, 2, 4]))
+    stems = [tuple(draw(st.lists(st.integers(0, 1), min_size=1, max_size=20))) for _ in range(3)]
+    requests = []
+    for number in range(draw(st.integers(1, 6))):
+        prompt = draw(st.sampled_from(stems)) + tuple(draw(st.lists(st.integers(0, 2), max_size=6)))
+        params = SamplingParams(max_tokens=draw(st.integers(1, 12)))
+        requests.append(GenerationRequest(f"r{number}", prompt, tuple(range(draw(st.integers(1, 4)))), params))
+    need = max(
+        -(-len(r.prompt_token_ids) // block_size) + -(-r.sampling_params.max_tokens // block_size) for r in requests
+    )
+    seqs = draw(st.integers(1, 8))
+    return Load(
+        tuple(requests), block_size, need + draw(st.integers(0, 20)), seqs, seqs + draw(st.integers(0, 30)),
+        draw(st.integers(1, 3)),
+    )  # fmt: skip
+
+
+def make(load: Load, **changes: bool) -> Scheduler:
+    scheduler = Scheduler(
+        BlockPool(load.num_blocks), load.block_size, load.max_num_seqs, load.budget, MAX_LEN, load.lanes, **changes
+    )
+    scheduler.add(load.requests, [0] * len(load.requests), 1)
+    return scheduler
+
+
+class Memory:
+    """What a stage's KV slots would hold: checks that every position that attention reads was written and is right."""
+
+    def __init__(self, load: Load) -> None:
+        self.size = load.block_size
+        self.slots: dict[int, tuple[int, ...]] = {}
+
+    def write(self, table: list[int], place: int, prefix: tuple[int, ...]) -> None:
+        self.slots[table[place // self.size] * self.size + place % self.size] = prefix
+
+    def check(self, table: list[int], count: int, tokens: tuple[int, ...], before: int = 0) -> None:
+        for place in range(count):
+            slot = table[place // self.size] * self.size + place % self.size
+            assert self.slots[slot] == tokens[: before + place + 1]
+
+    def run(self, plan: StepPlan) -> int:
+        """Does what a forward pass does: all writes, then all reads. Returns the number of prompt tokens computed."""
+        for chunk in plan.prompt_chunks:
+            for place in range(chunk.first, chunk.last):
+                self.write(chunk.group.block_table, place, chunk.group.token_ids[: place + 1])
+        pieces = [(s, s.num_computed - 1, s.num_computed) for s in plan.decodes]
+        pieces += [(piece.sequence, piece.first, piece.last) for piece in plan.suffix_chunks]
+        for sequence, first, last in pieces:
+            tokens = sequence.group.token_ids + tuple(sequence.token_ids)
+            for place in range(first, last):
+                self.write(sequence.block_table, place, tokens[: len(sequence.group.token_ids) + place + 1])
+        for chunk in plan.prompt_chunks:
+            self.check(chunk.group.block_table, chunk.last, chunk.group.token_ids)
+        for sequence, _, last in pieces:
+            prompt = sequence.group.token_ids
+            self.check(sequence.group.block_table, len(prompt), prompt)
+            self.check(sequence.block_table, last, prompt + tuple(sequence.token_ids), len(prompt))
+        return sum(chunk.last - chunk.first for chunk in plan.prompt_chunks)
+
+
+def drive(load: Load, scheduler: Scheduler, seed: int, abort: str | None = None) -> tuple[list[str], int]:
+    """Runs a load to its end with pseudo-random tokens; returns a log of what happened and prompt tokens computed."""
+    memory, log, computed = Memory(load), [], 0
+    in_flight: dict[int, StepPlan] = {}
+    for _ in range(5000):
+        moved = False
+        for lane in range(load.lanes):
+            if lane in in_flight:
+                moved = True
+                plan = in_flight.pop(lane)
+                tokens, codes = [], []
+                for s in plan.samples:
+                    draw = random.Random(f"{seed}.{s.request_id}.{s.index}.{len(s.token_ids)}")
+                    tokens.append(draw.randrange(3))
+                    codes.append(2 if len(s.token_ids) + 1 >= s.max_tokens else int(draw.random() < 0.1))
+                ended = scheduler.finish_step(plan, tokens, codes)
+                if abort is not None and len(log) > 3:
+                    ended += scheduler.abort(int(abort[1:]))
+                log += [f"{s.request_id}.{s.index} {s.token_ids} {s.finish_code}" for s in ended]
+            plan = scheduler.schedule(lane)
+            assert plan.num_tokens <= load.budget
+            assert len(scheduler.running[lane]) <= scheduler.max_lane_seqs
+            if not plan.is_empty:
+                moved = True
+                computed += memory.run(plan)
+                in_flight[lane] = plan
+                log.append(f"{lane} {[(s.request_id, s.index) for s in plan.samples]} {plan.num_tokens}")
+        if not (scheduler.has_work or in_flight):
+            return log, computed
+        assert moved, "the scheduler stands still"
+    raise AssertionError("the scheduler does not come to an end")
+
+
+def endings(log: list[str]) -> list[str]:
+    return sorted(line for line in log if line.startswith("r"))
+
+
+@settings(max_examples=300, deadline=None)
+@given(load=loads(), seed=st.integers(0, 99))
+def test_every_candidate_ends_once_with_its_own_tokens_from_right_blocks(load: Load, seed: int) -> None:
+    scheduler = make(load)
+    log, computed = drive(load, scheduler, seed)
+    expected = sorted(f"{r.request_id}.{index}" for r in load.requests for index in r.candidate_indices)
+    assert [line.split()[0] for line in endings(log)] == expected
+    assert scheduler.pool.num_used == 0
+    # what was computed and what was found add up to the prompts of all candidates
+    recomputed_prompts = computed - (
+        sum(len(r.prompt_token_ids) * len(r.candidate_indices) for r in load.requests) - scheduler.prefix_hit_tokens
+    )
+    assert recomputed_prompts >= 0
+    if scheduler.preemptions == 0 and load.budget >= MAX_LEN + load.max_num_seqs:
+        assert scheduler.recomputed_tokens == 0
+    # the load decides when, not what
+    roomy = Load(load.requests, load.block_size, 10_000, 100, 10_000, 1)
+    assert endings(drive(roomy, make(roomy, prefix_sharing=False), seed)[0]) == endings(log)
+
+
+@settings(max_examples=100, deadline=None)
+@given(load=loads(), seed=st.integers(0, 99))
+def test_two_copies_make_the_same_plans(load: Load, seed: int) -> None:
+    assert drive(load, make(load), seed)[0] == drive(load, make(load), seed)[0]
+
+
+@settings(max_examples=100, deadline=None)
+@given(load=loads(), seed=st.integers(0, 99))
+def test_an_abort_ends_its_request_and_no_other(load: Load, seed: int) -> None:
+    scheduler = make(load)
+    log, _ = drive(load, scheduler, seed, abort="r0")
+    undisturbed = set(endings(drive(load, make(load), seed)[0]))
+    ended = endings(log)
+    assert len(ended) == len(undisturbed) and scheduler.pool.num_used == 0
+    assert {line for line in ended if not line.startswith("r0")} == {u for u in undisturbed if not u.startswith("r0")}
+
+
+def request(prompt: int, answer: int, name: str = "a") -> GenerationRequest:
+    return GenerationRequest(name, tuple(range(prompt)), (0,), SamplingParams(max_tokens=answer))
+
+
+def test_equal_prompts_of_different_requests_are_computed_once() -> None:
+    load = Load((request(10, 3), request(10, 5, "b")), 4, 50, 8, 100, 1)
+    scheduler = make(load)
+    _, computed = drive(load, scheduler, 0)
+    assert computed == 10 and scheduler.prefix_hit_tokens == 10
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ([request(0, 1)], "no tokens"),
+        ([request(48, 1)], "48 tokens, the context holds 48"),
+        ([request(40, 4)], "need 11 KV blocks of 4, the engine has 10"),
+        ([request(4, 4), request(5, 4)], "'a' is in the batch twice"),
+    ],
+)
+def test_what_can_never_be_served_is_refused_whole(bad: list[GenerationRequest], says: str) -> None:
+    scheduler = Scheduler(BlockPool(10), 4, 8, 100, MAX_LEN)
+    with pytest.raises(RequestError, match=says):
+        scheduler.add([request(4, 4, "good"), *bad], [0] * (1 + len(bad)), 0)
+    assert not scheduler.has_work

@@ -1,0 +1,139 @@
+"""Several stages over the real transport make what one stage makes."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ember_ray.engine.options import EngineOptions
+from ember_ray.engine.request import GenerationRequest
+from ember_ray.engine.sampling_params import SamplingParams
+from ember_ray.engine.scheduler import RequestError
+from ember_ray.engine.transport import ProcessGroupTransport, TransportError
+from ember_ray.model.lora import AdapterUpdate, load_peft_adapter
+from tests.support.peft_adapters import make_adapter
+from tests.support.qwen3 import make_qwen3, random_prompts
+from tests.support.stages import Pipeline, free_port
+
+PARAMS = SamplingParams(max_tokens=24, seed=3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("qwen3")
+    make_qwen3(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> AdapterUpdate:
+    model, path = tmp_path_factory.mktemp("qwen3"), tmp_path_factory.mktemp("adapter")
+    make_adapter(make_qwen3(model), path, r=4, lora_alpha=8, target_modules="all-linear")
+    return load_peft_adapter(path, 1)
+
+
+def requests(count: int = 7, params: SamplingParams = PARAMS) -> list[GenerationRequest]:
+    lengths = [5, 37, 64, 16, 16, 17, 90][:count]
+    return [GenerationRequest(f"r{n}", p, (0, 1, 2, 3), params) for n, p in enumerate(random_prompts(lengths))]
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path, adapter: AdapterUpdate) -> list[dict[tuple[str, int], list[int]]]:
+    """Tokens of one stage under the base model and under the adapter."""
+    with Pipeline(EngineOptions(str(folder)), (3,)) as pipeline:
+        base = pipeline.rollout(requests())
+        pipeline.engines[0].stage_adapter(adapter)
+        pipeline.engines[0].commit_adapter(1)
+        moved = pipeline.rollout(requests())
+    assert len(base) == 28
+    return [{name: c.token_ids for name, c in made.items()} for made in (base, moved)]
+
+
+@pytest.mark.parametrize("split", [(1, 2), (2, 1), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_kv_blocks": 20, "max_num_seqs": 9, "max_num_batched_tokens": 16},
+        {"micro_batches": 1},
+        {"micro_batches": 4},
+    ],
+    ids=str,
+)
+def test_stages_make_equal_tokens(
+    split: tuple[int, ...], options: dict[str, Any], folder: Path, adapter: AdapterUpdate, expected: list
+) -> None:
+    with Pipeline(EngineOptions(str(folder), **options), split) as pipeline:
+        assert {name: c.token_ids for name, c in pipeline.rollout(requests()).items()} == expected[0]
+        for engine in pipeline.engines:
+            engine.stage_adapter(adapter)
+            engine.commit_adapter(1)
+        made = pipeline.rollout(requests())
+        assert {name: c.token_ids for name, c in made.items()} == expected[1]
+        assert {c.policy_version for c in made.values()} == {1}
+        counters = [engine.counters() for engine in pipeline.engines]
+        assert all(other == counters[0] for other in counters), "the copies of the scheduler went apart"
+        assert len(pipeline.engines[-1].scheduler.running) == options.get("micro_batches", len(split))
+
+
+def test_an_abort_reaches_all_stages(folder: Path, expected: list) -> None:
+    long = dataclasses.replace(PARAMS, max_tokens=400, ignore_eos=True)
+    with Pipeline(EngineOptions(str(folder), max_num_seqs=6, micro_batches=2), (1, 2)) as pipeline:
+        wanted = requests(5)
+        wanted[1] = dataclasses.replace(wanted[1], sampling_params=long)
+        aborter = threading.Timer(0.05, pipeline.engines[-1].abort, ("r1",))
+        aborter.start()
+        made = pipeline.rollout(wanted)
+        aborter.join()
+        assert {made["r1", index].finish_reason for index in range(4)} == {"abort"}
+        for name, candidate in made.items():
+            if name[0] != "r1":
+                assert candidate.token_ids == expected[0][name]
+        assert [e.counters()["kv_blocks_used"] for e in pipeline.engines] == [0, 0]
+        assert {n: c.token_ids for n, c in pipeline.rollout(requests()).items()} == expected[0]
+
+
+def test_a_batch_that_cannot_be_served_is_refused_by_all_stages_alike(folder: Path, expected: list) -> None:
+    with Pipeline(EngineOptions(str(folder), max_model_len=100), (1, 2)) as pipeline:
+        faults = []
+
+        def run(stage: int) -> None:
+            with pytest.raises(RequestError) as fault:
+                list(
+                    pipeline.engines[stage].rollout([*requests(), GenerationRequest("long", (5,) * 100, (0,), PARAMS)])
+                )
+            faults.append(str(fault.value))
+
+        pipeline.each(run)
+        assert faults[0] == faults[1] and "100 tokens" in faults[0]
+        made = pipeline.rollout(requests())
+        assert {n: c.token_ids for n, c in made.items() if n[0] != "r6"} == {
+            n: t for n, t in expected[0].items() if n[0] != "r6"
+        }
+
+
+def test_a_lost_stage_is_an_error_not_a_hang(folder: Path) -> None:
+    with Pipeline(EngineOptions(str(folder)), (1, 2)) as pipeline:
+        long = dataclasses.replace(PARAMS, max_tokens=400, ignore_eos=True)
+
+        def run(stage: int) -> None:
+            if stage == 1:
+                time.sleep(0.3)
+                pipeline.engines[1].transport.close()
+            else:
+                list(pipeline.engines[0].rollout(requests(params=long)))
+
+        start = time.monotonic()
+        with pytest.raises(TransportError, match="stage 0"):
+            pipeline.each(run)
+        assert time.monotonic() - start < 20
+
+
+def test_a_peer_that_never_comes_is_an_error() -> None:
+    with pytest.raises(TransportError, match="found no peers at 127.0.0.1"):
+        ProcessGroupTransport(1, 2, "127.0.0.1", free_port(), timeout_s=1.0)
