@@ -59,8 +59,8 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
-        chunks = (*self.prompt_chunks, *self.suffix_chunks)
-        return len(self.decodes) + sum(chunk.last - chunk.first for chunk in chunks)
+        prompts = sum(chunk.last - chunk.first for chunk in self.prompt_chunks)
+        return len(self.decodes) + prompts + sum(chunk.last - chunk.first for chunk in self.suffix_chunks)
 
     @property
     def is_empty(self) -> bool:

@@ -75,7 +75,7 @@ class ProcessGroupTransport:
         self.rank, self.world_size = rank, world_size
         timeout = timedelta(seconds=timeout_s)
         try:
-            self._store = TCPStore(master_addr, master_port, world_size, rank == 0, timeout)
+            self._store: TCPStore | None = TCPStore(master_addr, master_port, world_size, rank == 0, timeout)
             self._group: Any = ProcessGroupGloo(self._store, rank, world_size, timeout)
         except RuntimeError as fault:
             raise TransportError(
