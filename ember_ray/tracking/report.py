@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ MEASURES = (
     ("reward_mean", "Reward, sampled"),
 )
 COLOURS = ("c1", "c2", "c3", "c4", "c5", "c6")
-SMALL = charts.Frame(width=340, height=150, left=46, right=10, top=10, bottom=26)
+SMALL = charts.Frame(width=240, height=124, left=42, right=6, top=8, bottom=22)
 # Curves of the learner and the engine that are worth a look, by TRL's names; those that a run has are drawn.
 CURVES = (
     ("loss", "DPO loss"),
@@ -41,6 +42,8 @@ CURVES = (
     ("prefix_hit_rate", "Prefix cache hit rate"),
     ("grad_norm", "Gradient norm"),
 )
+MOST_BARS = 40
+SHARES = {"rewards/accuracies", "frac_reward_zero_std", "completions/clipped_ratio", "prefix_hit_rate"}
 
 
 @dataclass(frozen=True)
@@ -125,9 +128,10 @@ def _header(run: RunFiles) -> str:
     if summary.get("seconds"):
         facts.append(f"{_duration(sum(summary['seconds'].values()))} in all")
     facts.append(str(run.path))
-    spans = "".join(f"<span>{escape(fact)}</span>" for fact in facts)
+    spans = " ".join(f"<span>{escape(fact)}</span>" for fact in facts)
     badge = f'<span class="badge {escape(status)}">{escape(status)}</span>'
-    return f'<header><h1>{escape(str(summary.get("name") or run.path.name))}{badge}</h1><p class="facts">{spans}</p></header>'
+    name = escape(str(summary.get("name") or run.path.name))
+    return f'<header><h1>{name}{badge}</h1><p class="facts">{spans}</p></header>'
 
 
 def _headline(summary: Mapping[str, Any]) -> str:
@@ -137,8 +141,9 @@ def _headline(summary: Mapping[str, Any]) -> str:
     tiles = "".join(_tile(name, key, before, after, gain) for key, name in MEASURES)
     part = after or before
     note = (
-        f'<p class="soft">{part.get("prompts", 0)} held-out prompts, {part.get("samples", 0):,} samples, the same before and '
-        "after. Brackets and bars are 95 % intervals by bootstrap over prompts; the gain is measured prompt by prompt.</p>"
+        f'<p class="soft">{part.get("prompts", 0):,} held-out prompts, {part.get("samples", 0):,} samples, the same '
+        "prompts before and after. Brackets and bars are 95 % intervals by bootstrap over prompts; the gain is "
+        "measured prompt by prompt.</p>"
     )
     return f'<h2>Held-out quality, before and after</h2><div class="grid">{tiles}</div>{note}'
 
@@ -203,9 +208,10 @@ def _over_rounds(run: RunFiles) -> str:
         ),
         ("Reward", "reward", (("reward_mean", "held-out, sampled", "c2"),)),
     ):
+        offset = 0.025 * (last + 1)  # so that two whiskers at one x stay apart
         line = charts.Series("training prompts", _points(run.metrics, rounds, key))
         estimates = [
-            charts.Estimate(f"{name}, {when}", x + 0.06 * index, part[measure], part.get(f"{measure}_interval"), css)
+            charts.Estimate(f"{name}, {when}", x + offset * index, part[measure], part.get(f"{measure}_interval"), css)
             for index, (measure, name, css) in enumerate(measures)
             for when, x, part in (("before", 0.0, before), ("after", float(last), after))
             if part and part.get(measure) is not None
@@ -230,12 +236,24 @@ def _time(run: RunFiles) -> str:
     if not phases and not run.summary.get("seconds"):
         return ""
     css = {phase: COLOURS[index % len(COLOURS)] for index, phase in enumerate(phases)}
-    bars = [
-        charts.Bar(f"round {number}", [(phase, float(row.get(f"seconds/{phase}") or 0.0)) for phase in phases])
-        for number, row in zip(_rounds(run.metrics), run.metrics, strict=True)
-    ]
+    bars = []
+    rounds, step = _rounds(run.metrics), math.ceil(len(run.metrics) / MOST_BARS)
+    for start in range(0, len(rounds), step or 1):
+        label = (
+            f"round {rounds[start]}"
+            if step == 1
+            else f"{rounds[start]} to {rounds[min(start + step, len(rounds)) - 1]}"
+        )
+        part = run.metrics[start : start + step]
+        sums = [(phase, sum(float(row.get(f"seconds/{phase}") or 0.0) for row in part)) for phase in phases]
+        bars.append(charts.Bar(label, sums))
     body = (
-        card("By phase and round", charts.stacked_bars(bars, css) + charts.legend(list(css.items()))) if phases else ""
+        card(
+            "By phase and round",
+            f'<div class="scroll wide">{charts.stacked_bars(bars, css)}</div>' + charts.legend(list(css.items())),
+        )
+        if phases
+        else ""
     )
     return f'<h2>Where the time went</h2>{body}<div class="two" style="margin-top:14px">{_whole_run(run.summary)}</div>'
 
@@ -278,7 +296,9 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> str:
         points = _points(metrics, rounds, key)
         if any(y is not None for _, y in points):
             line = charts.Series(name, points, COLOURS[index % len(COLOURS)])
-            cards.append(card(name, charts.line_chart([line], x_ticks=ticks, frame=SMALL)))
+            share = (key in SHARES or key.endswith("/mean")) and all(0 <= y <= 1 for _, y in points if y is not None)
+            limits = (0.0, 1.0) if share else (None, None)
+            cards.append(card(name, charts.line_chart([line], x_ticks=ticks, frame=SMALL, limits=limits)))
     return f'<h2>Learner and engine</h2><div class="grid">{"".join(cards)}</div>' if cards else ""
 
 
@@ -289,7 +309,8 @@ def _setup(run: RunFiles) -> str:
         text = ", ".join(f"{name} {value}" for name, value in versions.items())
         parts += f'<p class="soft">{escape(text)}</p>'
     if run.config:
-        parts += f"<details><summary>resolved configuration (config.yaml)</summary>{card('', f'<pre>{escape(run.config)}</pre>')}</details>"
+        text = card("", f"<pre>{escape(run.config)}</pre>")
+        parts += f"<details><summary>resolved configuration (config.yaml)</summary>{text}</details>"
     return f"<h2>Set-up</h2>{parts}" if parts else ""
 
 

@@ -115,29 +115,17 @@ def line_chart(
         share = (y - low) / (high - low)
         return frame.height - frame.bottom - share * (frame.height - frame.top - frame.bottom)
 
+    left, right, base = frame.left, frame.width - frame.right, frame.height - frame.bottom
     out = [_open(frame, y_label or ", ".join(line.name for line in series))]
     for tick in ticks:
-        y = py(tick)
-        out.append(
-            f'<line class="grid" x1="{frame.left:.1f}" x2="{frame.width - frame.right:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        )
-        out.append(
-            f'<text class="tick" x="{frame.left - 6:.1f}" y="{y + 3.5:.1f}" text-anchor="end">{escape(form(tick))}</text>'
-        )
-    base = frame.height - frame.bottom
-    out.append(
-        f'<line class="axis" x1="{frame.left:.1f}" x2="{frame.width - frame.right:.1f}" y1="{base:.1f}" y2="{base:.1f}"/>'
-    )
-    for x, label in _thin(x_ticks, frame.width - frame.left - frame.right):
-        out.append(f'<line class="axis" x1="{px(x):.1f}" x2="{px(x):.1f}" y1="{base:.1f}" y2="{base + 4:.1f}"/>')
-        out.append(
-            f'<text class="tick" x="{px(x):.1f}" y="{base + 16:.1f}" text-anchor="middle">{escape(label)}</text>'
-        )
+        out.append(_rule(left, py(tick), right, py(tick), "grid"))
+        out.append(_text(left - 6, py(tick) + 3.5, form(tick), "end"))
+    out.append(_rule(left, base, right, base, "axis"))
+    for x, label in _thin(x_ticks, right - left):
+        out.append(_rule(px(x), base, px(x), base + 4, "axis"))
+        out.append(_text(px(x), base + 16, label))
     if x_label:
-        middle = (frame.left + frame.width - frame.right) / 2
-        out.append(
-            f'<text class="label" x="{middle:.1f}" y="{frame.height - 5:.1f}" text-anchor="middle">{escape(x_label)}</text>'
-        )
+        out.append(_text((left + right) / 2, frame.height - 5, x_label, css="label"))
     labels = dict(x_ticks)
     for line in series:
         out += _line(line, px, py, labels, form)
@@ -163,12 +151,11 @@ def _line(
     out.append(f'<path class="line {line.css}" d="{" ".join(path)}"/>')
     for x, y in line.points:
         if y is not None:
-            title = f"{line.name}, {labels.get(x, short_number(x))}: {form(y)}"
+            title = f"<title>{escape(f'{line.name}, {labels.get(x, short_number(x))}: {form(y)}')}</title>"
+            at = f'cx="{px(x):.1f}" cy="{py(y):.1f}"'
+            radius = 3 if len(line.points) <= 60 else 1.2
             out.append(
-                f'<circle class="dot {line.css}" cx="{px(x):.1f}" cy="{py(y):.1f}" r="3"><title>{escape(title)}</title></circle>'
-            )
-            out.append(
-                f'<circle class="hit" cx="{px(x):.1f}" cy="{py(y):.1f}" r="10"><title>{escape(title)}</title></circle>'
+                f'<circle class="dot {line.css}" {at} r="{radius}"/><circle class="hit" {at} r="10">{title}</circle>'
             )
     return out
 
@@ -199,13 +186,12 @@ def _thin(ticks: Sequence[tuple[float, str]], room: float) -> list[tuple[float, 
     return [ticks[0], *inner, *([ticks[-1]] if len(ticks) > 1 else [])]
 
 
-def stacked_bars(bars: Sequence[Bar], css: dict[str, str], *, unit: str = "s", width: float = 1080) -> str:
-    """Horizontal stacked bars with a common scale, the total at each end.
+def stacked_bars(bars: Sequence[Bar], css: dict[str, str], width: float = 1080) -> str:
+    """Horizontal stacked bars of seconds with a common scale, the total at each end.
 
     Args:
         bars: from top to bottom.
         css: colour class of each part.
-        unit: of the sizes.
     """
     longest = max((sum(size for _, size in bar.parts) for bar in bars), default=0.0)
     if longest <= 0:
@@ -220,26 +206,20 @@ def stacked_bars(bars: Sequence[Bar], css: dict[str, str], *, unit: str = "s", w
     out = [_open(frame, "time per phase")]
     base = len(bars) * row
     for tick in ticks:
-        out.append(f'<line class="grid" x1="{px(tick):.1f}" x2="{px(tick):.1f}" y1="0" y2="{base:.1f}"/>')
-        out.append(
-            f'<text class="tick" x="{px(tick):.1f}" y="{base + 15:.1f}" text-anchor="middle">{short_number(tick)}</text>'
-        )
-    out.append(
-        f'<text class="label" x="{(left + width - right) / 2:.1f}" y="{base + 32:.1f}" text-anchor="middle">seconds</text>'
-    )
+        out += [_rule(px(tick), 0, px(tick), base, "grid"), _text(px(tick), base + 15, short_number(tick))]
+    out.append(_text((left + width - right) / 2, base + 32, "seconds", css="label"))
     for index, bar in enumerate(bars):
         y, at, total = index * row + 3, 0.0, sum(size for _, size in bar.parts)
-        out.append(
-            f'<text class="tick" x="{left - 8:.1f}" y="{y + 14:.1f}" text-anchor="end">{escape(bar.label)}</text>'
-        )
+        out.append(_text(left - 8, y + 14, bar.label, "end"))
         for name, size in bar.parts:
-            title = f"{bar.label}, {name}: {size:.1f} {unit} ({100 * size / total:.0f} %)" if total else name
-            out.append(
-                f'<rect class="{css.get(name, "c1")}" x="{px(at):.1f}" y="{y:.1f}" width="{max(0.0, px(at + size) - px(at) - 1):.1f}" '
-                f'height="{row - 7:.1f}" rx="2"><title>{escape(title)}</title></rect>'
-            )
+            if size <= 0:
+                continue
+            title = f"{bar.label}, {name}: {size:.1f} s ({100 * size / total:.0f} %)"
+            place = f'x="{px(at):.1f}" y="{y:.1f}" width="{max(0.6, px(at + size) - px(at) - 1):.1f}"'
+            rect = f'<rect class="{css.get(name, "c1")}" {place} height="{row - 7:.1f}" rx="2">'
+            out.append(f"{rect}<title>{escape(title)}</title></rect>")
             at += size
-        out.append(f'<text class="tick" x="{px(total) + 6:.1f}" y="{y + 14:.1f}">{total:.1f} {unit}</text>')
+        out.append(_text(px(total) + 6, y + 14, f"{total:.1f} s", "start"))
     return "".join([*out, "</svg>"])
 
 
@@ -247,6 +227,14 @@ def legend(entries: Sequence[tuple[str, str]], shape: str = "box") -> str:
     """(name, colour class) as a line of swatches."""
     items = "".join(f'<span class="key"><i class="{css} {shape}"></i>{escape(name)}</span>' for name, css in entries)
     return f'<div class="legend">{items}</div>'
+
+
+def _text(x: float, y: float, text: str, anchor: str = "middle", css: str = "tick") -> str:
+    return f'<text class="{css}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _rule(x1: float, y1: float, x2: float, y2: float, css: str) -> str:
+    return f'<line class="{css}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
 
 
 def _open(frame: Frame, label: str) -> str:

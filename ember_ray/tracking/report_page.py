@@ -22,8 +22,8 @@ h2 { font-size: 18px; margin: 36px 0 10px; }
 h3 { font-size: 14px; margin: 0 0 6px; font-weight: 600; }
 p { margin: 6px 0; } .soft, .none { color: var(--soft); }
 .facts { color: var(--soft); margin: 4px 0 0; } .facts span { white-space: nowrap; margin-right: 18px; }
-.badge { font-size: 13px; font-weight: 600; padding: 2px 9px; border-radius: 99px; vertical-align: 4px; margin-left: 8px;
-  border: 1px solid currentColor; }
+.badge { font-size: 13px; font-weight: 600; padding: 2px 9px; border-radius: 99px; vertical-align: 4px;
+  margin-left: 8px; border: 1px solid currentColor; }
 .badge.finished { color: var(--good); } .badge.interrupted, .badge.failed { color: var(--c2); }
 .grid { display: grid; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(230px, 1fr)); }
 .two { display: grid; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); }
@@ -45,21 +45,25 @@ svg rect.c5, svg rect.c6, svg .estimate path { fill: var(--c); }
 svg .estimate line { stroke-width: 2; } svg .estimate path { stroke: var(--card); }
 svg rect:hover { opacity: .75; }
 .legend { color: var(--soft); font-size: 13px; margin-top: 4px; } .key { margin-right: 16px; white-space: nowrap; }
-.key i { display: inline-block; width: 11px; height: 11px; border-radius: 2px; background: var(--c); margin-right: 6px; }
+.key i { display: inline-block; width: 11px; height: 11px; border-radius: 2px; background: var(--c);
+  margin-right: 6px; }
 .key i.dash { height: 3px; width: 16px; vertical-align: 3px; }
 .key i.point { transform: rotate(45deg); width: 9px; height: 9px; border-radius: 0; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 14px; }
 th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid var(--rule); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; } th { color: var(--soft); font-weight: 500; }
-tr:last-child td { border-bottom: 0; } .scroll { overflow-x: auto; }
+td:first-child { white-space: normal; } tr:last-child td { border-bottom: 0; }
+.scroll { overflow-x: auto; } .wide svg { min-width: 640px; } .tile svg { max-width: 300px; }
 pre, .answer { font: 13px/1.5 ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; white-space: pre-wrap;
   overflow-wrap: anywhere; margin: 0; }
 .sample { margin-bottom: 14px; } .sample .prompt { color: var(--soft); max-height: 11.5em; overflow: auto; }
 .sample .sides { display: grid; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(min(380px, 100%), 1fr));
   margin-top: 10px; } .side { border-top: 2px solid var(--rule); padding-top: 8px; }
-.verdict { font-size: 13px; margin-top: 6px; } del { background: var(--del); text-decoration: none; border-radius: 3px; }
+.verdict { font-size: 13px; margin-top: 6px; }
+del { background: var(--del); text-decoration: none; border-radius: 3px; }
 ins { background: var(--ins); text-decoration: none; border-radius: 3px; }
-details { margin-top: 10px; } summary { cursor: pointer; color: var(--soft); } details > :not(summary) { margin-top: 10px; }
+details { margin-top: 10px; } summary { cursor: pointer; color: var(--soft); }
+details > :not(summary) { margin-top: 10px; }
 footer { color: var(--soft); font-size: 13px; margin-top: 40px; }
 @media print { .card, .sample { break-inside: avoid; } }
 """
@@ -69,7 +73,8 @@ def page(title: str, body: str) -> str:
     """A whole HTML document that loads nothing; a policy in the page forbids it to."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
+        '<meta http-equiv="Content-Security-Policy" '
+        "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
         '<link rel="icon" href="data:,">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><main>{body}</main></body></html>\n"

@@ -32,8 +32,8 @@ def samples_section(before: Sequence[Row], after: Sequence[Row], seed: int) -> s
     broken = sum(_exact(_first(old)) and not _exact(_first(new)) for old, new in changed)
     drawn = sorted(random.Random(seed).sample(range(len(changed)), min(SHOWN, len(changed))))
     text = (
-        f"{len(changed)} of {len(pairs)} greedy answers changed: {fixed} became an exact match, {broken} were one and are not "
-        f"any more, {len(changed) - fixed - broken} changed otherwise."
+        f"{len(changed)} of {len(pairs)} greedy answers changed: {fixed} became an exact match, {broken} were one "
+        f"and are not any more, {len(changed) - fixed - broken} changed otherwise."
     )
     if len(drawn) < len(changed):
         text += f" Shown are {len(drawn)}, drawn at random."
@@ -57,7 +57,7 @@ def candidates_section(rows: Sequence[Row]) -> str:
         cards.append(card("", f'{prompt}<div class="sides">{"".join(items)}</div>', "sample"))
     number = rows[0].get("round")
     return (
-        f"<h2>Candidates of one prompt</h2><details><summary>{len(cards)} groups of round {escape(str(number))}, "
+        f"<h2>What the learner chose from</h2><details><summary>{len(cards)} groups of round {escape(str(number))}, "
         f"best candidate first</summary><div>{''.join(cards)}</div></details>"
     )
 
