@@ -108,7 +108,8 @@ class VerifierPool:
     """Keeps its actors busy. Wait on `waitables`, hand what is ready to `take`, call `late` now and then.
 
     An item whose verdict does not come within the limit gets none, its actor is replaced and the other items in
-    its hands are judged again. An item under which two actors died gets none either.
+    its hands are judged again. When an actor dies, its items are judged again one by one, because the last verdicts
+    before a death can be lost with it and so the culprit is not known; the one that then dies alone gets none.
 
     Args:
         settings: which verifier, how many actors.
@@ -119,7 +120,7 @@ class VerifierPool:
     def __init__(self, settings: VerifierSettings, limit_s: float, start_limit_s: float = 60.0) -> None:
         self._settings, self._limit_s, self._start_limit_s = settings, limit_s, start_limit_s
         self._queue: deque[VerifyItem] = deque()
-        self._strikes: dict[Key, int] = {}
+        self._survivors: set[Key] = set()
         self._failed_starts = 0
         self.replaced = 0
         self._workers = [self._make(index) for index in range(max(1, settings.actors))]
@@ -171,8 +172,7 @@ class VerifierPool:
             elif worker.stream is not None and worker.items and now - worker.since > self._limit_s:
                 if ray.wait([worker.stream], timeout=0)[0]:
                     continue  # the caller was busy elsewhere, the verdict is here
-                item = worker.items.popleft()
-                verdicts.append(Verdict(item.key, None, {}, f"the verifier took longer than {self._limit_s:g} s"))
+                verdicts.append(self._give_up(worker, f"the verifier took longer than {self._limit_s:g} s"))
                 self._replace(index)
         self._assign()
         return verdicts
@@ -180,7 +180,7 @@ class VerifierPool:
     def clear(self) -> None:
         """Forgets all items, after a rollout that failed."""
         self._queue.clear()
-        self._strikes.clear()
+        self._survivors.clear()
         for index, worker in enumerate(self._workers):
             if worker.items:
                 worker.items.clear()
@@ -212,19 +212,22 @@ class VerifierPool:
             return self._died(index, worker)
         worker.items.popleft()
         worker.since = time.monotonic()
-        self._strikes.pop(verdict.key, None)
+        self._survivors.discard(verdict.key)
         return [verdict]
 
     def _died(self, index: int, worker: _Worker) -> list[Verdict]:
         verdicts: list[Verdict] = []
-        if worker.items:
-            key = worker.items[0].key
-            self._strikes[key] = self._strikes.get(key, 0) + 1
-            if self._strikes[key] > 1:
-                worker.items.popleft()
-                verdicts.append(Verdict(key, None, {}, "the verifier's process died twice on this candidate"))
+        if len(worker.items) == 1 and worker.items[0].key in self._survivors:
+            verdicts.append(self._give_up(worker, "the verifier's process died twice on this candidate"))
+        self._survivors.update(item.key for item in worker.items)
         self._replace(index)
         return verdicts
+
+    def _give_up(self, worker: _Worker, reason: str) -> Verdict:
+        """The item that the actor is at is left without a reward."""
+        item = worker.items.popleft()
+        self._survivors.discard(item.key)
+        return Verdict(item.key, None, {}, reason)
 
     def _start_failed(self, index: int, reason: str) -> None:
         self._failed_starts += 1
@@ -246,6 +249,8 @@ class VerifierPool:
                 return
             if worker.loading is None and worker.stream is None:
                 share = -(-len(self._queue) // len(self._workers))
-                items = [self._queue.popleft() for _ in range(min(CHUNK, share))]
+                items = [self._queue.popleft()]
+                while len(items) < min(CHUNK, share) and not self._survivors & {items[0].key, self._queue[0].key}:
+                    items.append(self._queue.popleft())
                 worker.items = deque(items)
                 worker.stream, worker.since = worker.handle.score.remote(items), time.monotonic()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -45,13 +44,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
                 weight.normal_(0, 2.0 if "lm_head" in name else 0.12)
     model.save_pretrained(folder)
     return str(folder)
-
-
-@pytest.fixture
-def odd_verifier(monkeypatch: pytest.MonkeyPatch) -> str:
-    """Name of a verifier that hangs, fails or kills itself when the gold value says so."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    return "odd_verifier:verify"
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,166 @@
+"""A bad candidate costs the verifier pool only itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from actors import cluster as clusters
+from actors.messages import VerifierSettings
+from actors.verifier import Verdict, VerifierPool, VerifyItem, find_verifier
+
+ODD = "odd_verifier:verify"
+
+
+def test_a_verifier_is_found_by_name_or_by_its_place() -> None:
+    from verifiers.json_extraction import verify
+
+    assert find_verifier("json_extraction") is verify
+    assert find_verifier("math:sqrt")(4.0) == 2.0
+
+
+@pytest.mark.parametrize("name", ["nonsense", "no_such_module:verify", "math:no_such_function"])
+def test_an_unknown_verifier_is_named(name: str) -> None:
+    with pytest.raises(ValueError, match=f"verifier '{name}'"):
+        find_verifier(name)
+
+
+@pytest.fixture(scope="module")
+def ray_session() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        with clusters.start(1, run="test", dashboard=False):
+            yield
+
+
+@pytest.fixture
+def make_pool(ray_session: None) -> Iterator[Callable[..., VerifierPool]]:
+    pools: list[VerifierPool] = []
+
+    def make(name: str = ODD, actors: int = 2, limit_s: float = 1.0, **settings: object) -> VerifierPool:
+        pools.append(VerifierPool(VerifierSettings(name, settings, actors), limit_s))
+        return pools[-1]
+
+    yield make
+    for pool in pools:
+        pool.close()
+
+
+def items(golds: Sequence[object]) -> list[VerifyItem]:
+    return [VerifyItem(("row", index), "x" * index, gold, None) for index, gold in enumerate(golds)]
+
+
+def collect(pool: VerifierPool, count: int, limit_s: float = 60.0) -> dict[int, Verdict]:
+    """Verdicts by index; every item has exactly one."""
+    import ray
+
+    found: dict[int, Verdict] = {}
+    end = time.monotonic() + limit_s
+    while len(found) < count:
+        assert time.monotonic() < end, f"{len(found)} of {count} verdicts in {limit_s} s"
+        ready, _ = ray.wait(pool.waitables, timeout=0.1)
+        for verdict in [*pool.take(ready), *pool.late()]:
+            assert verdict.key[1] not in found
+            found[verdict.key[1]] = verdict
+    return found
+
+
+@pytest.mark.slow
+class TestPool:
+    def test_every_item_gets_its_verdict(self, make_pool) -> None:
+        pool = make_pool(reward=0.25)
+        pool.submit(items(["good"] * 100))
+        found = collect(pool, 100)
+        assert all(
+            found[index] == Verdict(("row", index), 0.25, {"length": float(index)}, None) for index in range(100)
+        )
+        assert pool.replaced == 0
+
+    def test_settings_and_schema_reach_the_json_verifier(self, make_pool) -> None:
+        from verifiers.json_extraction import RewardDesign
+
+        pool = make_pool("json_extraction", design=RewardDesign("binary"))
+        schema = {"type": "object", "required": ["total"], "properties": {"total": {"type": "number"}}}
+        texts = ['{"total": 3}', '{"total": 4}', "none"]
+        pool.submit([VerifyItem(("row", place), text, {"total": 3}, schema) for place, text in enumerate(texts)])
+        found = collect(pool, 3)
+        assert [found[place].reward for place in range(3)] == [1.0, 0.0, 0.0]
+        assert found[2].reason
+
+    def test_failures_cost_one_candidate_each(self, make_pool) -> None:
+        pool = make_pool()
+        pool.submit(items(["good", "fail", "good", "nan", "good"]))
+        found = collect(pool, 5)
+        assert [found[place].reward for place in range(5)] == [1.0, None, 1.0, None, 1.0]
+        assert "KeyError" in str(found[1].reason) and "NaN" in str(found[3].reason)
+        assert pool.replaced == 0
+
+    def test_a_verifier_that_hangs_is_cut_off(self, make_pool) -> None:
+        pool = make_pool(actors=1)
+        pool.submit(items(["good", "hang", "good", "good"]))
+        found = collect(pool, 4)
+        assert [found[place].reward for place in range(4)] == [1.0, None, 1.0, 1.0]
+        assert "longer than 1 s" in str(found[1].reason)
+        assert pool.replaced == 1
+
+    def test_a_candidate_that_kills_its_verifier_twice_is_given_up(self, make_pool) -> None:
+        pool = make_pool(actors=1)
+        pool.submit(items(["good"] * 4 + ["die"] + ["good"] * 4))
+        found = collect(pool, 9)
+        assert [found[place].reward for place in range(9)] == [1.0] * 4 + [None] + [1.0] * 4
+        assert "died twice" in str(found[4].reason)
+        assert pool.replaced == 2
+
+    def test_a_process_that_dies_once_costs_nothing(self, make_pool, tmp_path) -> None:
+        pool = make_pool(actors=1)
+        pool.submit(items(["good", f"die once {tmp_path / 'flag'}", "good"]))
+        assert [verdict.reward for verdict in collect(pool, 3).values()] == [1.0] * 3
+        assert pool.replaced == 1
+
+    def test_a_verifier_killed_from_outside_is_replaced(self, make_pool) -> None:
+        import ray
+
+        pool = make_pool(actors=1)
+        while not pool.ready:
+            pool.take(ray.wait(pool.waitables, timeout=1)[0])
+        pool.submit(items(["slow"] * 20))
+        (worker,) = [child for child in _children() if "VerifierActor" in " ".join(child.cmdline())]
+        os.kill(worker.pid, signal.SIGKILL)
+        found = collect(pool, 20)
+        assert all(verdict.reward == 1.0 for verdict in found.values())
+        assert pool.replaced == 1
+
+    def test_a_verdict_that_came_while_nobody_looked_is_not_late(self, make_pool) -> None:
+        import ray
+
+        pool = make_pool(actors=1)
+        while not pool.ready:
+            pool.take(ray.wait(pool.waitables, timeout=1)[0])
+        pool.submit(items(["good"] * 3))
+        time.sleep(1.5)
+        assert pool.late() == []
+        assert [verdict.reward for verdict in collect(pool, 3).values()] == [1.0] * 3
+
+    def test_what_is_cleared_is_not_judged(self, make_pool) -> None:
+        pool = make_pool(actors=1)
+        pool.submit(items(["slow"] * 20))
+        collect(pool, 1)
+        pool.clear()
+        pool.submit([VerifyItem(("next", 0), "", "good", None)])
+        assert [verdict.key for verdict in collect(pool, 1).values()] == [("next", 0)]
+
+    def test_an_unknown_verifier_is_an_error_at_once(self, make_pool) -> None:
+        pool = make_pool("nonsense", actors=1)
+        with pytest.raises(ValueError, match="no verifier 'nonsense'"):
+            collect(pool, 1)
+
+
+def _children() -> list:
+    import psutil
+
+    return psutil.Process().children(recursive=True)
