@@ -129,9 +129,7 @@ def killer(run: TestRun) -> str | None:
 
 
 def run_all(mutants: list[Mutant], root: Path, limit: float) -> bool:
-    """Prints one line a mutant; True when all were killed."""
-    for mutant in mutants:
-        check_mutant(mutant, root)
+    """Runs checked mutants and prints one line for each; True when all were killed."""
     width = max(len(mutant.name) for mutant in mutants)
     for tests in dict.fromkeys(mutant.tests for mutant in mutants):
         print(f"without a fault: {' '.join(tests)} ... ", end="", flush=True)
@@ -162,6 +160,7 @@ def main() -> int:
     parser.add_argument("--registry", type=Path, default=HERE / "registry.py", help="Python file with MUTANTS")
     parser.add_argument("--root", type=Path, default=HERE.parents[1], help="folder of the code and its tests")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds that one run of the tests may take")
+    parser.add_argument("--list", action="store_true", help="only check that each fits the code, and name it")
     options = parser.parse_args()
     try:
         mutants = load_mutants(options.registry)
@@ -169,6 +168,11 @@ def main() -> int:
         if unknown:
             raise HarnessError(f"no mutant '{min(unknown)}'; there are {', '.join(mutant.name for mutant in mutants)}")
         chosen = [mutant for mutant in mutants if not options.names or mutant.name in options.names]
+        for mutant in chosen:
+            check_mutant(mutant, options.root.resolve())
+        if options.list:
+            print("\n".join(mutant.name for mutant in chosen))
+            return 0
         return 0 if run_all(chosen, options.root.resolve(), options.limit) else 1
     except HarnessError as fault:
         print(f"mutants: {fault}", file=sys.stderr)

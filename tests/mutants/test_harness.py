@@ -42,6 +42,12 @@ def run(project: Path, *mutants: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=project)
 
 
+def test_the_registry_fits_the_code_as_it_is() -> None:
+    result = subprocess.run([sys.executable, RUN, "--list"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "lse-merge" in result.stdout.splitlines()
+
+
 @pytest.mark.slow
 def test_a_noticed_fault_is_killed_and_no_file_changes(project: Path) -> None:
     result = run(project, KILLED)

@@ -1,0 +1,64 @@
+"""The faults that the suite must notice. Each is small: the code still runs, and most of what it gives looks right."""
+
+from __future__ import annotations
+
+from mutant import Mutant
+
+MUTANTS = [
+    Mutant(
+        name="lse-merge",  # prefix and suffix are weighed 1 % wrong
+        module="cuda_ext.attention",
+        old="share_b = torch.sigmoid(lse_b - lse_a)",
+        new="share_b = torch.sigmoid(1.01 * (lse_b - lse_a))",
+        tests=("tests/cuda_ext/test_attention.py",),
+    ),
+    Mutant(
+        name="version-in-cache-key",  # K and V of an older policy are found again
+        module="ember_ray.engine.block_pool",
+        old='policy_version.to_bytes(8, "little")',
+        new='(0).to_bytes(8, "little")',
+        tests=("tests/engine/test_generate.py", "-k", "switch"),
+    ),
+    Mutant(
+        name="pair-margin",  # a margin that is 1 % too small makes a pair
+        module="ember_ray.train.pairs",
+        old="difference >= min_margin - _ROUNDING",
+        new="difference >= 0.99 * min_margin - _ROUNDING",
+        tests=("tests/train/test_pairs.py",),
+    ),
+    Mutant(
+        name="number-tolerance",  # the relative tolerance forgets what it is relative to
+        module="verifiers.normalize",
+        old="max(relative * abs(float(gold)), absolute)",
+        new="max(relative, absolute)",
+        tests=("tests/verifiers/test_normalize.py", "tests/verifiers/test_compare.py"),
+    ),
+    Mutant(
+        name="lora-scale",  # every adapter is 1 % too strong
+        module="ember_ray.model.slots",
+        old="b, pair.scale)",
+        new="b, 1.01 * pair.scale)",
+        tests=("tests/model/test_parity.py", "-k", "adapter"),
+    ),
+    Mutant(
+        name="publication-no-op",  # the version counts up, the weights stay
+        module="ember_ray.model.slots",
+        old="self._resident[version] = self._staged.pop(version)",
+        new="self._resident[version] = self._staged.pop(version) and {}",
+        tests=("tests/engine/test_generate.py", "-k", "switch"),
+    ),
+    Mutant(
+        name="publication-no-op-in-the-actor",  # the stage says that it switched, and did not
+        module="actors.stage",
+        old="self._engine.commit_adapter(version)",
+        new="_ = version",
+        tests=("tests/actors/test_stages.py", "-k", "published_adapter"),
+    ),
+    Mutant(
+        name="first-token-logprob",  # the first token is given the log-probability it was drawn with
+        module="ember_ray.engine.stage_engine",
+        old="sequence.logprobs.append(logprob)",
+        new="sequence.logprobs.append(logprob if sequence.logprobs else sampling_logprob)",
+        tests=("tests/engine/test_generate.py", "-k", "logprobs"),
+    ),
+]
