@@ -37,7 +37,11 @@ _USER_ERRNOS = {
     errno.ELOOP,
 }
 # Faults of the input whose classes live where a help text must not import from: looked up only if loaded.
-_LAZY_USER_ERRORS = ("ember_ray.model.lora:AdapterError",)
+_LAZY_USER_ERRORS = (
+    "ember_ray.engine.scheduler:RequestError",
+    "ember_ray.model.lora:AdapterError",
+    "ember_ray.model.qwen3_config:ModelError",
+)
 
 
 @dataclass

@@ -97,6 +97,11 @@ class EngineSection(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> EngineSection:
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"engine.max_num_batched_tokens={self.max_num_batched_tokens} is less than "
+                f"engine.max_num_seqs={self.max_num_seqs}, but a decode step has one token a candidate; raise it"
+            )
         if self.max_model_len is not None and self.max_model_len > self.num_kv_blocks * self.block_size:
             raise ValueError(
                 f"engine.num_kv_blocks={self.num_kv_blocks} x engine.block_size={self.block_size} holds "
@@ -217,7 +222,7 @@ class RewardSection(Section):
         "decomposed", description="binary: exact or not; weighted: fields by weight; decomposed: parse, schema, fields."
     )
     weights: dict[str, Weight] = Field(
-        {}, description="Weights of fields (weighted) or of parse, schema, fields (decomposed); {} = the design's own."
+        {}, description="Weights of fields by dotted path (weighted), or of parse, schema, fields, clean (decomposed)."
     )
 
     @model_validator(mode="after")
@@ -226,14 +231,15 @@ class RewardSection(Section):
             raise ValueError(
                 "reward.weights has no use with reward.design=binary; leave it out or choose another design"
             )
-        if self.weights and not any(self.weights.values()):
-            raise ValueError("reward.weights are all 0, so every reward would be 0; make one positive")
-        parts = {"parse", "schema", "fields"}
-        if self.design == "decomposed" and set(self.weights) - parts:
-            unknown = min(set(self.weights) - parts)
+        shares = ("parse", "schema", "fields", "clean")
+        unknown = set(self.weights) - set(shares)
+        if self.design == "decomposed" and unknown:
             raise ValueError(
-                f"reward.weights names '{unknown}'; with reward.design=decomposed it takes {', '.join(sorted(parts))}"
+                f"reward.weights names '{min(unknown)}'; with reward.design=decomposed it takes {', '.join(shares)}"
             )
+        complete = self.design == "weighted" or len(self.weights) == len(shares)  # shares left out keep their defaults
+        if self.weights and complete and not any(self.weights.values()):
+            raise ValueError("reward.weights are all 0, so every reward would be 0; make one positive")
         return self
 
 
