@@ -158,7 +158,7 @@ def start(
 
 def _check_reachable(address: str) -> None:
     """A quick look whether anybody listens, because Ray itself tries for a long time."""
-    if address in ("auto", "local"):
+    if address == "auto":
         return
     match = re.fullmatch(r"(?P<host>[^/:]+|\[[0-9a-fA-F:]+\]):(?P<port>\d{1,5})", address)
     if not match or int(match["port"]) > 65535:

@@ -86,6 +86,16 @@ def test_fresh_stages_can_be_rolled_back_too(server, make_update) -> None:
     assert server.publish(make_update(second + 1)) == second + 1
 
 
+def test_a_stage_that_hangs_is_lost_after_the_limit(server) -> None:
+    official, victim = server.official, server.pipeline.call_all("pid")[1]
+    os.kill(victim, signal.SIGSTOP)
+    with pytest.raises(StageLost, match="stage 1 did not answer 'counters' within 0.5 s") as lost:
+        server.pipeline.call_all("counters", limit_s=0.5)
+    server.recover(lost.value)
+    assert victim not in server.pipeline.call_all("pid")
+    assert server.pipeline.call_all("policy_version") == [official, official]
+
+
 def test_losses_without_end_are_an_error(server, cluster, make_settings) -> None:
     server.close()
     limits = Limits(start=0.01, failures=3)

@@ -26,8 +26,14 @@ LONG = SamplingParams(max_tokens=300, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[clusters.Cluster]:
+    import psutil
+    import ray
+
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
     with clusters.start(2, run="test") as made:
         yield made
+    assert not ray.is_initialized()
+    assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
 
 
 @pytest.fixture(scope="module")
