@@ -6,7 +6,6 @@ import math
 import re
 import unicodedata
 from datetime import UTC, date, datetime, timedelta
-from functools import lru_cache
 
 from verifiers import limits
 
@@ -21,6 +20,14 @@ _RFC3339 = re.compile(
 )
 _MAX_DATE_CHARS = 64
 _CHUNK = 256
+
+# Characters that normalization may have to sort: combining marks, which end before plane 2, and the five characters
+# (Tibetan vowels, half-width katakana sound marks) that are none themselves but decompose into them.
+_MARKS = "".join(char for char in map(chr, range(0x300, 0x20000)) if unicodedata.combining(char)) + (
+    "\u0f73\u0f75\u0f81\uff9e\uff9f"
+)
+# A mark that no mark goes before, then the rest: a run is tried from its beginning only, so the search is linear.
+_LONG_RUN = re.compile(f"[{_MARKS}](?<![{_MARKS}]{{2}})[{_MARKS}]{{{limits.MAX_COMBINING_RUN}}}")
 
 
 def is_full_date(text: str) -> bool:
@@ -89,7 +96,7 @@ def normal_string(text: str, *, nfkc: bool, collapse_whitespace: bool, casefold:
     A text with a run of more than `limits.MAX_COMBINING_RUN` combining marks keeps its Unicode form: sorting such a
     run takes quadratic time, and nothing but an attack has one.
     """
-    if nfkc and not text.isascii() and not _has_long_combining_run(text):
+    if nfkc and not text.isascii() and _LONG_RUN.search(text) is None:
         text = unicodedata.normalize("NFKC", text)
     if collapse_whitespace:
         text = " ".join(text.split())
@@ -106,23 +113,12 @@ def too_long_to_equal(text: str, normal: str) -> bool:
     letters, allowed = 0, 4 * len(normal)
     for start in range(0, len(text), _CHUNK):
         chunk = text[start : start + _CHUNK]
-        if not chunk.isascii() and not _has_long_combining_run(chunk):
+        if not chunk.isascii() and _LONG_RUN.search(chunk) is None:
             chunk = unicodedata.normalize("NFKD", chunk)
         letters += len("".join(chunk.split()))
         if letters > allowed:
             return True
     return False
-
-
-def _has_long_combining_run(text: str) -> bool:
-    marks = "".join(char for char in set(text) if _is_mark(char))
-    return bool(marks) and re.search(f"[{re.escape(marks)}]{{{limits.MAX_COMBINING_RUN + 1}}}", text) is not None
-
-
-@lru_cache(maxsize=65_536)
-def _is_mark(char: str) -> bool:
-    # By the decomposition: a half-width katakana sound mark is no mark itself but decomposes into one.
-    return unicodedata.combining(unicodedata.normalize("NFKD", char)[0]) != 0
 
 
 def numbers_equal(gold: int | float, number: int | float, relative: float, absolute: float) -> bool:

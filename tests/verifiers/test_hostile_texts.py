@@ -113,6 +113,7 @@ TEXTS = {
     "half-width sound marks": answer(note="e" + "\uff9e\u0316" * 20_000),
     "expanding characters": answer(note="\ufdfa" * 40_000),
     "distinct characters": answer(note="".join(map(chr, range(0x3400, 0x9FFF)))),
+    "more distinct characters": answer(note="".join(map(chr, range(0x10000, 0x1A000)))),
 }
 
 

@@ -1,10 +1,13 @@
 """Normal forms of dates, strings and numbers."""
 
+import unicodedata
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from verifiers.normalize import (
+    _MARKS,
     is_date_time,
     is_full_date,
     normal_date,
@@ -64,6 +67,11 @@ def test_strings_lose_form_and_white_space_but_not_case():
         "Straße", **{**STRING, "casefold": True})
     assert normal_string(" a", **{**STRING, "collapse_whitespace": False}) == " a"
     assert normal_string("ＡＢＣ", **{**STRING, "nfkc": False}) == "ＡＢＣ"
+
+
+def test_every_character_that_decomposes_into_a_mark_first_is_a_mark():
+    characters = (chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000)
+    assert {char for char in characters if unicodedata.combining(unicodedata.normalize("NFKD", char)[0])} == set(_MARKS)
 
 
 def test_a_run_of_combining_marks_keeps_its_form_only_when_absurd():
