@@ -38,6 +38,7 @@ def number(value: Any, style: str) -> str:
     formats = {
         "score": f"{value:.3f}",
         "percent": f"{100 * value:.1f} %",
+        "whole percent": f"{100 * value:.0f} %",
         "count": f"{value:,.0f}",
         "seconds": f"{value:.1f}",
     }
@@ -54,8 +55,8 @@ def live_line(numbers: Mapping[str, Any]) -> str:
         [
             f"reward {number(numbers.get('reward'), 'score')}",
             f"exact match {number(numbers.get('exact_match'), 'percent')}",
-            f"{number(numbers.get('tokens_per_second'), 'count')} tokens/s",
-            f"cache hits {number(numbers.get('prefix_hit_rate'), 'percent')}",
+            f"{number(numbers.get('tokens_per_second'), 'count')} tok/s",
+            f"cache hits {number(numbers.get('prefix_hit_rate'), 'whole percent')}",
             f"policy {version(numbers.get('policy_version'))}",
         ]
     )

@@ -33,7 +33,7 @@ def write_text(path: Path, text: str) -> None:
     with told_plainly(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "w", encoding="utf-8") as file:
+            with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
@@ -49,7 +49,11 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
 
 
 def json_line(row: Any) -> str:
-    """One line of strict JSON: NaN and infinities become null, tensors and numpy numbers plain ones."""
+    """One line of strict JSON: NaN and infinities become null, tensors and numpy numbers plain ones.
+
+    Write it with ``errors="backslashreplace"``: a lone surrogate, which UTF-8 does not have, then becomes
+    the escape that JSON has for it.
+    """
     return json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n"
 
 

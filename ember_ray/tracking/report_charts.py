@@ -55,7 +55,7 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     if not (math.isfinite(low) and math.isfinite(high)):
         return [0.0, 1.0]
     if high - low < 1e-12 * max(1.0, abs(low), abs(high)):
-        pad = abs(low) * 0.1 or 0.5
+        pad = abs(low) * 0.1 if abs(low) > 1e-6 else 0.5
         low, high = low - pad, high + pad
     raw = (high - low) / max(1, count - 1)
     power = 10.0 ** math.floor(math.log10(raw))

@@ -12,17 +12,12 @@ _PIECES = re.compile(r"\w+|\s+|[^\w\s]")
 def marked(before: str, after: str) -> tuple[str, str]:
     """Both texts as HTML with ``<del>`` around what only the first has and ``<ins>`` around what only the second has.
 
-    Texts are compared by words and signs. Everything is escaped; control characters become ``?``.
+    Texts are compared by words and signs. Everything is escaped.
     """
-    old, new = _PIECES.findall(visible(before)), _PIECES.findall(visible(after))
+    old, new = _PIECES.findall(before), _PIECES.findall(after)
     left, right = [], []
     for tag, i1, i2, j1, j2 in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
         first, second = escape("".join(old[i1:i2])), escape("".join(new[j1:j2]))
         left.append(first if tag == "equal" or not first else f"<del>{first}</del>")
         right.append(second if tag == "equal" or not second else f"<ins>{second}</ins>")
     return "".join(left), "".join(right)
-
-
-def visible(text: str) -> str:
-    """Text whose control characters cannot act."""
-    return "".join(char if char.isprintable() or char in "\n\t" else "?" for char in text)

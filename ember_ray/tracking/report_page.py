@@ -70,8 +70,11 @@ footer { color: var(--soft); font-size: 13px; margin-top: 40px; }
 
 
 def page(title: str, body: str) -> str:
-    """A whole HTML document that loads nothing; a policy in the page forbids it to."""
-    return (
+    """A whole HTML document that loads nothing; a policy in the page forbids it to.
+
+    Characters that are not text (controls, lone surrogates, line separators) become ``?``.
+    """
+    document = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
@@ -79,6 +82,7 @@ def page(title: str, body: str) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><main>{body}</main></body></html>\n"
     )
+    return "".join(char if char.isprintable() or char in "\n\t" else "?" for char in document)
 
 
 def card(title: str, body: str, css: str = "") -> str:

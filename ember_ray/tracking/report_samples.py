@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ember_ray.tracking.report_diff import marked, visible
+from ember_ray.tracking.report_diff import marked
 from ember_ray.tracking.report_page import card
 from ember_ray.tracking.rows import prompt_text
 from ember_ray.tracking.samples import verdict_text
@@ -52,8 +52,8 @@ def candidates_section(rows: Sequence[Row]) -> str:
     for row in shown:
         items = []
         for one in sorted(row["candidates"], key=lambda c: -1.0 if c["reward"] is None else -c["reward"]):
-            items.append(f'<div class="side"><pre>{escape(visible(one["text"]))}</pre>{_verdict(one)}</div>')
-        prompt = f'<pre class="prompt">{escape(visible(prompt_text(row["prompt"])))}</pre>'
+            items.append(f'<div class="side"><pre>{escape(one["text"])}</pre>{_verdict(one)}</div>')
+        prompt = f'<pre class="prompt">{escape(prompt_text(row["prompt"]))}</pre>'
         cards.append(card("", f'{prompt}<div class="sides">{"".join(items)}</div>', "sample"))
     number = rows[0].get("round")
     return (
@@ -69,13 +69,13 @@ def _sample(old: Row, new: Row) -> str:
         f'<div class="side"><h3>{name}</h3><div class="answer">{text or "(nothing)"}</div>{_verdict(one)}</div>'
         for name, text, one in (("before", left, first), ("after", right, second))
     )
-    prompt = f'<pre class="prompt">{escape(visible(prompt_text(old["prompt"])))}</pre>'
+    prompt = f'<pre class="prompt">{escape(prompt_text(old["prompt"]))}</pre>'
     return card("", f'{prompt}<div class="sides">{sides}</div>', "sample")
 
 
 def _verdict(candidate: Row) -> str:
     text = verdict_text(candidate.get("reward"), candidate.get("rewards") or {}, candidate.get("reason"))
-    return f'<div class="verdict {"good" if _exact(candidate) else "bad"}">{escape(visible(text))}</div>'
+    return f'<div class="verdict {"good" if _exact(candidate) else "bad"}">{escape(text)}</div>'
 
 
 def _first(row: Row) -> Row:

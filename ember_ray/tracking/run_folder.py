@@ -89,7 +89,7 @@ class RunFolder:
         path = self.path / "metrics.jsonl"
         with told_plainly(path):
             if self._metrics is None:
-                self._metrics = open(path, "a", encoding="utf-8")
+                self._metrics = open(path, "a", encoding="utf-8", errors="backslashreplace")
             self._metrics.write(json_line(dict(metrics)))
             self._metrics.flush()
 

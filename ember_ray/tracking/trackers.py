@@ -120,6 +120,9 @@ class WandbTracker:
             print(f"W&B cannot be reached ({' '.join(str(fault).split())[:120]}); the run is tracked offline")
             mode = "offline"
             self._run = self._start(run_dir, name, config, mode)
+        # W&B's own step would hold back the newest row until the next one begins, and drop rows of an earlier step.
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
         self.where = f"wandb sync {self._run.settings.sync_dir}" if mode == "offline" else (self._run.url or "")
 
     def _start(self, run_dir: Path, name: str, config: Mapping[str, Any], mode: str) -> Any:
@@ -154,7 +157,7 @@ class WandbTracker:
         )
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        self._run.log(numbers(metrics), step=step)
+        self._run.log({**numbers(metrics), "step": step})
 
     def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         import wandb
@@ -162,7 +165,7 @@ class WandbTracker:
         if rows:
             columns = list(rows[0])
             table = wandb.Table(columns=columns, data=[[_cell(row[column]) for column in columns] for row in rows])
-            self._run.log({"samples": table}, step=step)
+            self._run.log({"samples": table, "step": step})
 
     def finish(self) -> None:
         if self._run is not None:

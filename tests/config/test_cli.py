@@ -165,7 +165,7 @@ def test_a_fault_of_the_input_is_one_line_and_status_2(
 
 @pytest.mark.parametrize(
     "fault",
-    [ValueError("x"), KeyError("x"), ConnectionResetError(errno.ECONNRESET, "reset"), BrokenPipeError(errno.EPIPE, "x")],
+    [ValueError("x"), KeyError("x"), ConnectionResetError(errno.ECONNRESET, "r"), BrokenPipeError(errno.EPIPE, "x")],
 )
 def test_a_bug_is_raised(fault: Exception) -> None:
     def main(config: DpoExtractConfig) -> None:

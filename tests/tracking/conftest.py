@@ -19,7 +19,9 @@ from ember_ray.tracking.summary import build_summary
 VENDORS = ("Blau & Söhne", "Kestrel Freight", "North <b>Pier</b>", "Ada's Bakery")
 
 
-def make_candidate(rng: random.Random, gold: dict, skill: float, request_id: str, index: int, version: int) -> ScoredCandidate:
+def make_candidate(
+    rng: random.Random, gold: dict, skill: float, request_id: str, index: int, version: int
+) -> ScoredCandidate:
     """An answer with dates left as they were, dropped fields or chatter, the less so the higher the skill."""
     answer = dict(gold)
     reason = None
@@ -61,7 +63,10 @@ def make_groups(count: int, candidates: int, skill: float, seed: int, version: i
         request_id = f"invoice-{number:04d}"
         prompt = [
             {"role": "system", "content": "Extract the invoice as JSON."},
-            {"role": "user", "content": f"INVOICE\nFrom: {gold['vendor']}\nIssued 3 March 2024\nTotal due: {gold['total']:,} EUR"},
+            {
+                "role": "user",
+                "content": f"INVOICE\nFrom: {gold['vendor']}\nIssued 3 March 2024\nTotal due: {gold['total']:,} EUR",
+            },
         ]
         rng = random.Random(f"{seed}-{number}-{version}-{candidates}")
         scored = [make_candidate(rng, gold, skill, request_id, index, version) for index in range(candidates)]
