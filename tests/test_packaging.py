@@ -80,9 +80,12 @@ def test_every_import_is_declared() -> None:
     runtime = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
     optional = {canonicalize_name(Requirement(line).name) for line in [*EXTRAS["tensorboard"], *EXTRAS["gpu"]]}
     providers = importlib.metadata.packages_distributions()
-    for name, path in imported_by_the_code().items():
-        by = {canonicalize_name(distribution) for distribution in providers.get(name, [name])}
-        assert by & (runtime | optional), f"{path} imports {name}, which pyproject.toml does not declare"
+    undeclared = {
+        name: path
+        for name, path in imported_by_the_code().items()
+        if not {canonicalize_name(by) for by in providers.get(name, [name])} & (runtime | optional)
+    }
+    assert not undeclared, f"imported, but not declared in pyproject.toml: {undeclared}"
 
 
 def test_nothing_is_declared_that_no_code_imports() -> None:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 LOG = VENV / "install.log"
-STEP = re.compile(r"^\s*(Collecting|Downloading|Building|Preparing|Installing)\b[^\n]*")
+STEP = re.compile(r"^\s*((?:Collecting|Downloading|Building|Preparing|Installing)\b[^\n(]*)", re.MULTILINE)
 CHECK = """
 import importlib.metadata as installed
 import ray, torch, transformers
@@ -51,26 +51,33 @@ def install() -> None:
     """Runs pip with the user's own settings; exits with pip's last lines when it fails."""
     say(2, "installing the packages (the first time about 2 GB and a few minutes; details: .venv/install.log)")
     command = [PYTHON, "-m", "pip", "install", "--constraint", "constraints.txt", "--editable", ".[dev]"]
-    start, lines = time.monotonic(), []
-    with open(LOG, "w") as log:
-        pip = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-        )
-        assert pip.stdout is not None
-        for line in pip.stdout:
-            log.write(line)
-            lines.append(line)
-            if sys.stdout.isatty() and STEP.match(line):
-                columns = shutil.get_terminal_size().columns
-                text = f"      {time.monotonic() - start:3.0f} s  {line.strip()}"
-                print(f"\r\033[K{text[: columns - 1]}", end="", flush=True)
-        status = pip.wait()
-    if sys.stdout.isatty():
-        print("\r\033[K", end="")
+    start = time.monotonic()
+    with open(LOG, "w", encoding="utf-8") as log:
+        pip = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        while True:
+            try:
+                status = pip.wait(timeout=1)
+                break
+            except subprocess.TimeoutExpired:
+                show(f"{time.monotonic() - start:3.0f} s  {last_step()}")
+    show("")
     if status != 0:
-        faults = [line for line in lines if line.startswith("ERROR")] or lines[-20:]
-        sys.exit("".join(faults) + "pip could not install the packages; all that it printed is in .venv/install.log")
+        lines = [line for line in LOG.read_text(errors="replace").splitlines() if not line.startswith("WARNING")]
+        sys.exit("\n".join(lines[-20:]) + "\npip could not install the packages; all it said is in .venv/install.log")
     print(f"      done in {time.monotonic() - start:.0f} s", flush=True)
+
+
+def last_step() -> str:
+    """What pip does right now: the last line of its log that says so."""
+    steps = STEP.findall(LOG.read_text(encoding="utf-8", errors="replace"))
+    return steps[-1] if steps else "starting pip"
+
+
+def show(text: str) -> None:
+    """Replaces the moving line, where there is a terminal to move it on; an empty text removes it."""
+    if sys.stdout.isatty():
+        line = f"      {text}"[: shutil.get_terminal_size().columns - 1] if text else ""
+        print(f"\r\033[K{line}", end="", flush=True)
 
 
 def check() -> None:
