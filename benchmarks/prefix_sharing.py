@@ -23,7 +23,7 @@ from ember_ray.engine.llm import LLM
 from ember_ray.engine.options import EngineOptions
 from ember_ray.engine.sampling_params import SamplingParams
 from ember_ray.model.plan import stage_bytes
-from ember_ray.tracking.summary import git_commit
+from ember_ray.tracking.summary import git_state
 
 Generate = Callable[[list[list[int]]], int]
 """Prompts -> number of tokens generated."""
@@ -145,7 +145,7 @@ def main() -> None:
                        "dtype": "float32", "seconds": round(median, 3), "seconds_min": round(min(times), 3),
                        "seconds_max": round(max(times), 3), "gen_tok_s": round(options.prompts * count * new / median),
                        "prefill_tokens": prefill.get(engine), "ratio_to_ember": round(median / base, 3),
-                       "ember_ratio": round(base / median, 3), "git_commit": git_commit()}  # fmt: skip
+                       "ember_ratio": round(base / median, 3), "git_commit": git_state()[0]}  # fmt: skip
                 print(json.dumps(row), flush=True)
 
 
