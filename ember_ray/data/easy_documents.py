@@ -113,10 +113,13 @@ KINDS: dict[str, EasyKind] = {
         ("order_id",),
         _draw_order,
         {
-            "form": "Order {order_id}\nCustomer: {customer}\nItem: {item}\nQuantity: {quantity}[\nShips: {ship_date}]{noise}",
+            "form": "Order {order_id}\nCustomer: {customer}\nItem: {item}\nQuantity: {quantity}[\nShips: {ship_date}]"
+            "{noise}",
             "letter": "{customer} ordered {quantity} of {item} (order {order_id}).[ Shipping on {ship_date}.]{noise}",
-            "warehouse": "Pack {quantity} x {item} for order {order_id}.{noise} Customer is {customer}.[ Send by {ship_date}.]",
-            "mail": "Dear {customer}, we got your order {order_id}: {item}, {quantity} pieces.[ It leaves on {ship_date}.]{noise}",
+            "warehouse": "Pack {quantity} x {item} for order {order_id}.{noise} Customer is {customer}."
+            "[ Send by {ship_date}.]",
+            "mail": "Dear {customer}, we got your order {order_id}: {item}, {quantity} pieces."
+            "[ It leaves on {ship_date}.]{noise}",
         },
         (" Placed {date}.", " Price ${amount} each.", " Shelf {small}.", " Handle with care."),
     ),
@@ -129,7 +132,8 @@ KINDS: dict[str, EasyKind] = {
             "form": "Event: {title}\nWhere: {city}\nWhen: {date}\nTicket: ${price}[\nSeats: {seats}]{noise}",
             "news": "The {title} comes to {city} on {date}. A ticket costs ${price}.[ There are {seats} seats.]{noise}",
             "poster": "{city}, {date}: {title}![ {seats} seats,] ${price}.{noise}",
-            "mail": "Join us for the {title} on {date} in {city}.{noise} Entry is ${price}[ and we have {seats} seats].",
+            "mail": "Join us for the {title} on {date} in {city}.{noise} Entry is ${price}"
+            "[ and we have {seats} seats].",
         },
         (" Book before {date}.", " Parking ${amount}.", " Use gate {small}.", " All are welcome."),
     ),

@@ -98,7 +98,8 @@ def _invoice(rng: random.Random, form: str, template: str) -> tuple[str, str, di
     sent, payable = write_date(issued, form), write_date(due, form)
     if template == "form":
         rows = "\n".join(
-            f"{line['quantity']} x {line['item']} at ${write_amount(line['unit_price'], thousands=True)}" for line in lines
+            f"{line['quantity']} x {line['item']} at ${write_amount(line['unit_price'], thousands=True)}"
+            for line in lines
         )
         text = (
             f"{vendor}, {city}\nInvoice {number}\nIssued {sent}, payable until {payable}\n{rows}\n{discount}"
@@ -117,7 +118,8 @@ def _invoice(rng: random.Random, form: str, template: str) -> tuple[str, str, di
 
 
 def _order(rng: random.Random, form: str, template: str) -> tuple[str, str, dict]:
-    order_id, name, city = f"{rng.choice('ABCDEFGH')}{rng.randrange(10000, 100000)}", draw_person(rng), rng.choice(CITIES)
+    order_id = f"{rng.choice('ABCDEFGH')}{rng.randrange(10000, 100000)}"
+    name, city = draw_person(rng), rng.choice(CITIES)
     customer = {"name": name, "city": city}
     if rng.random() < 0.6:
         customer["phone"] = _draw_phone(rng)
@@ -186,7 +188,10 @@ def _person(rng: random.Random, form: str, template: str) -> tuple[str, str, dic
     phone = contact.get("phone")
     if template == "form":
         rows = "\n".join(f"{since}: {job}, {employer}" for job, employer, since in written)
-        text = f"{name}\nBorn {write_date(born, form)}\n{contact['email']}{f' / {phone}' if phone else ''}\nWork:\n{rows}"
+        text = (
+            f"{name}\nBorn {write_date(born, form)}\n{contact['email']}{f' / {phone}' if phone else ''}\n"
+            f"Work:\n{rows}"
+        )
     else:
         rows = ", and ".join(f"as {job} for {employer} since {since}" for job, employer, since in written)
         text = (

@@ -145,7 +145,10 @@ def rule_document(rng: random.Random) -> Document:
         answer = apply_rule(rows, kind.filter_field, limit, sort_field, descending, name_field, most)
 
     lines = [kind.line.format(**{field: _write(field, row[field], kind, form) for field in row}) for row in rows]
-    text = f"{head}\n" + "\n".join(f"- {line}" for line in lines) if template == "list" else f"{head}: {'; '.join(lines)}."
+    if template == "list":
+        text = "\n".join([head, *(f"- {line}" for line in lines)])
+    else:
+        text = f"{head}: {'; '.join(lines)}."
     direction = "latest or highest" if descending else "earliest or lowest"
     return Document(
         kind=name,

@@ -21,35 +21,38 @@ MONTHS = (
 )
 
 FIRST_NAMES = (
-    "Ada Alan Alice Amir Anna Ben Carla Chen Clara Daniel David Elena Emma Eric Fatima Felix Grace Hana Henry Igor "
-    "Ines Ivan Jana Jonas Julia Karim Laura Leo Lina Lucas Maria Marta Max Mia Nadia Noah Olga Omar Paul Rosa"
+    "Ada Alan Alice Amir Anna Ben Carla Chen Clara Daniel David Elena Emma Eric Fatima Felix Grace Hana Henry "
+    "Igor Ines Ivan Jana Jonas Julia Karim Laura Leo Lina Lucas Maria Marta Max Mia Nadia Noah Olga Omar Paul "
+    "Rosa"
 ).split()
 LAST_NAMES = (
-    "Abbott Adler Baker Becker Bell Brown Carter Clark Costa Cruz Diaz Evans Fischer Fox Garcia Gray Green Haas Hill "
-    "Ito Jensen Jones Kaya Keller King Kim Lang Lopez Mehta Moore Novak Okafor Park Reyes Rossi Sato Silva Stone Weber Young"
+    "Abbott Adler Baker Becker Bell Brown Carter Clark Costa Cruz Diaz Evans Fischer Fox Garcia Gray Green Haas "
+    "Hill Ito Jensen Jones Kaya Keller King Kim Lang Lopez Mehta Moore Novak Okafor Park Reyes Rossi Sato Silva "
+    "Stone Weber Young"
 ).split()
 CITIES = (
-    "Athens Berlin Bergen Boston Cairo Chicago Denver Dublin Geneva Ghent Hamburg Helsinki Kyoto Lagos Leeds Lima Lisbon "
-    "London Lyon Madrid Milan Munich Nairobi Oslo Paris Porto Prague Quito Riga Rome Seoul Sydney Tokyo Toronto Turin "
-    "Vienna Vilnius Warsaw York Zurich"
+    "Athens Berlin Bergen Boston Cairo Chicago Denver Dublin Geneva Ghent Hamburg Helsinki Kyoto Lagos Leeds Lima "
+    "Lisbon London Lyon Madrid Milan Munich Nairobi Oslo Paris Porto Prague Quito Riga Rome Seoul Sydney Tokyo "
+    "Toronto Turin Vienna Vilnius Warsaw York Zurich"
 ).split()
 COMPANY_WORDS = (
-    "Acme Alpine Amber Atlas Blue Cedar Cobalt Delta Echo Falcon Harbor Iron Lunar Maple Nordic Orion Pioneer Quartz "
-    "River Silver Solar Summit Union Vertex"
+    "Acme Alpine Amber Atlas Blue Cedar Cobalt Delta Echo Falcon Harbor Iron Lunar Maple Nordic Orion Pioneer "
+    "Quartz River Silver Solar Summit Union Vertex"
 ).split()
 COMPANY_KINDS = "Foods Labs Media Motors Office Paper Systems Tools".split()
 ITEM_COLORS = "black blue brown green red silver white yellow".split()
 ITEM_NAMES = (
-    "backpack battery bottle cable camera chair clock desk drill helmet jacket keyboard kettle lamp mirror monitor mouse "
-    "notebook printer ruler scanner speaker tent wallet"
+    "backpack battery bottle cable camera chair clock desk drill helmet jacket keyboard kettle lamp mirror "
+    "monitor mouse notebook printer ruler scanner speaker tent wallet"
 ).split()
 EVENT_TOPICS = (
-    "Art Book Chess City Climate Coffee Dance Data Design Energy Film Food Garden Health History Jazz Music Ocean Robot Space"
+    "Art Book Chess City Climate Coffee Dance Data Design Energy Film Food Garden Health History Jazz Music Ocean "
+    "Robot Space"
 ).split()
 EVENT_KINDS = "Expo Fair Festival Forum Meeting Night Summit Workshop".split()
 JOBS = (
-    "actor architect baker chemist dentist designer driver editor engineer farmer judge lawyer manager nurse painter pilot "
-    "plumber teacher tailor writer"
+    "actor architect baker chemist dentist designer driver editor engineer farmer judge lawyer manager nurse "
+    "painter pilot plumber teacher tailor writer"
 ).split()
 
 DATE_FORMS = ("day_month", "month_day", "short_month", "dotted", "iso")
@@ -104,5 +107,4 @@ def draw_amount(rng: random.Random, low: int = 10, high: int = 999) -> int | flo
 
 def write_amount(amount: int | float, thousands: bool = False) -> str:
     """The digits of an amount, ``1240.95`` or, with ``thousands``, ``1,240.95``."""
-    text = f"{amount:,}" if thousands else f"{amount}"
-    return text
+    return f"{amount:,}" if thousands else f"{amount}"
