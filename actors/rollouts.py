@@ -22,24 +22,30 @@ class Rollouts:
     The coordinator is a child of the driver and everything else a child of the coordinator, so the driver's end,
     whatever its cause, ends all of them.
 
+    Its making returns at once: call `ready` when the stages are needed, and start other things meanwhile.
+
     Args:
         cluster: where to run.
         settings: what to run; as many stages as ``settings.engine.layer_split`` names, and as the cluster placed.
-        on_progress: called a few times a second while the model is loaded.
-
-    Raises:
-        ValueError: the verifier does not exist, or the engine refuses the model or the options.
-        StageLost, ActorLost: the actors do not come up.
     """
 
-    def __init__(self, cluster: Cluster, settings: CoordinatorSettings, on_progress: OnProgress | None = None) -> None:
+    def __init__(self, cluster: Cluster, settings: CoordinatorSettings) -> None:
         from actors.coordinator import Coordinator
 
         self._limits = settings.limits
         actor: Any = Coordinator
         self.handle = actor.options(name="ember-coordinator").remote(settings, cluster.placement)
-        start_limit = settings.limits.start * (settings.limits.failures + 1)
-        self._wait(self.handle.start.remote(), "the start of the stages", start_limit, on_progress)
+        self._starting = self.handle.start.remote()
+
+    def ready(self, on_progress: OnProgress | None = None) -> None:
+        """Waits until verifiers and stages are up.
+
+        Raises:
+            ValueError: the verifier does not exist, or the engine refuses the model or the options.
+            StageLost, ActorLost: the actors do not come up.
+        """
+        limit = self._limits.start * (self._limits.failures + 1)
+        self._wait(self._starting, "the start of the stages", limit, on_progress)
 
     def rollout(
         self,

@@ -95,6 +95,7 @@ with cluster.start(1, run="test") as made:
     assert made.owned and made.nodes == 1 and made.dashboard_url.startswith("http://127.0.0.1:")
     assert made.token_path.is_file()
     rollouts = Rollouts(made, CoordinatorSettings(EngineOptions(sys.argv[1]), threads=1))
+    rollouts.ready()
     print("up", flush=True)
     rows = [PromptRow(Example(str(n), [], {}), tuple(range(1, 40 + n))) for n in range(100)]
     while True:
@@ -176,6 +177,7 @@ class TestTwoNodes:
         with clusters.start(2, address=address, strategy="STRICT_SPREAD", run="test") as cluster:
             assert not cluster.owned and cluster.nodes == 2
             rollouts = Rollouts(cluster, make_settings((2, 2)))
+            rollouts.ready()
             places = {node for node, _ in rollouts.stage_processes()}
             assert places == {node["NodeID"] for node in ray.nodes()}
             rollouts.publish(make_update(3))

@@ -40,8 +40,8 @@ def cluster() -> Iterator[clusters.Cluster]:
 def rollouts(cluster, make_settings) -> Iterator[Rollouts]:
     """Two stages of 1 and 3 layers."""
     made = Rollouts(cluster, make_settings((1, 3)))
+    made.ready()
     yield made
-    made.stop()
 
 
 @pytest.fixture(autouse=True)
@@ -237,3 +237,17 @@ def test_metrics_and_names_are_there_for_the_dashboard(rollouts, make_rows) -> N
         missing += [name for name in ("reward", "verifier_queue") if f"ray_ember_{name}{{" not in text]
         time.sleep(0.5)
     assert not missing
+
+
+def test_a_missing_model_and_an_unknown_verifier_are_errors_at_the_start(rollouts, cluster, make_settings) -> None:
+    from actors.messages import VerifierSettings
+
+    rollouts.stop()
+    settings = make_settings((1, 3))
+    missing = dataclasses.replace(settings, engine=dataclasses.replace(settings.engine, model="/no/such/model"))
+    unknown = dataclasses.replace(settings, verifier=VerifierSettings("nonsense"))
+    for wrong, message in ((missing, "/no/such/model"), (unknown, "no verifier 'nonsense'")):
+        made = Rollouts(cluster, wrong)
+        with pytest.raises(ValueError, match=message):
+            made.ready()
+        made.stop()
