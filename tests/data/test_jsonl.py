@@ -106,7 +106,9 @@ JSON = st.recursive(
     max_leaves=12,
 )
 TURNS = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": TEXT})
-CHATS = st.tuples(st.lists(TURNS, max_size=2), TEXT).map(lambda parts: [*parts[0], {"role": "user", "content": parts[1]}])
+CHATS = st.tuples(st.lists(TURNS, max_size=2), TEXT).map(
+    lambda parts: [*parts[0], {"role": "user", "content": parts[1]}]
+)
 EXAMPLES = st.builds(
     Example,
     id=SOME,
