@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 from ember_ray.data.document import Document
 from ember_ray.data.schemas import DATE, INTEGER, NUMBER, STRING, array_schema, object_schema, root_schema
@@ -80,7 +81,7 @@ def _invoice(rng: random.Random, form: str, template: str) -> tuple[str, str, di
     number, vendor, city = f"INV-{rng.randrange(10000, 100000)}", draw_company(rng), rng.choice(CITIES)
     issued = draw_date(rng)
     due = issued + timedelta(days=rng.choice((10, 14, 30, 45)))
-    lines = [
+    lines: list[dict[str, Any]] = [
         {"item": item, "quantity": rng.randrange(1, 40), "unit_price": draw_amount(rng, 5, 2500)}
         for item in draw_different(rng, draw_item, rng.randrange(2, 5))
     ]
@@ -174,7 +175,7 @@ def _person(rng: random.Random, form: str, template: str) -> tuple[str, str, dic
     contact = {"email": f"{name.lower().replace(' ', '.')}@{rng.choice(('post', 'mail', 'work'))}.example"}
     if rng.random() < 0.6:
         contact["phone"] = _draw_phone(rng)
-    jobs = [
+    jobs: list[dict[str, Any]] = [
         {"job": rng.choice(JOBS), "employer": draw_company(rng), "since": draw_date(rng, 2005 + 5 * at, 2009 + 5 * at)}
         for at in range(rng.randrange(2, 4))
     ]
