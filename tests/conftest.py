@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import hypothesis
 import pytest
 
 # Before torch is imported: with Ray there are several processes, and two OpenMP threads each on two cores make them
@@ -15,6 +16,10 @@ os.environ.setdefault("WANDB_SILENT", "true")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# A slow moment of the machine is no fault of the code; pytest-timeout ends what really hangs.
+hypothesis.settings.register_profile("suite", parent=hypothesis.settings.default, deadline=None)
+hypothesis.settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
