@@ -1,6 +1,6 @@
 """Does the reward rise? The recipe dpo_extract over several seeds, with and without publication.
 
-    python -m benchmarks.dpo_seeds [--seeds 0 1 2 3] [--control 0] [--output reports/dpo_extract_cpu_<date>] [key=value ...]
+    python -m benchmarks.dpo_seeds [--seeds 0 1 2 3] [--control 0] [--output FOLDER] [key=value ...]
 
 Appends one JSON line a run to ``seeds.jsonl`` in the output folder; runs that are there already are skipped, so an
 interrupted series goes on. Prints the lines and, last, the median gain.

@@ -28,7 +28,8 @@ from ember_ray.tracking.run_folder import RunFolder
 from ember_ray.tracking.samples import changed_samples, draw, verdict
 from ember_ray.tracking.summary import build_summary
 from ember_ray.tracking.trackers import Tracker, make_tracker
-from recipes.session import Session, load_rows, plan, sampling_params, start_learner
+from recipes.extract_task import load_rows, plan, sampling_params
+from recipes.session import Session, start_learner
 
 EVALUATION = 0
 """The round number under which held-out candidates are drawn: before and after get the same random numbers."""
@@ -66,11 +67,6 @@ class DpoRun:
             learner_ready = learner.start.remote()
             session.ready()
             session.call("loading the learner", learner_ready)
-            if session.cluster.dashboard_url:
-                token = session.cluster.token_path
-                console.info(
-                    f"Ray dashboard: {session.cluster.dashboard_url}" + (f", token in {token}" if token else "")
-                )
 
             self.before = self.evaluate("before")
             console.start_rounds(config.rounds)
@@ -85,7 +81,7 @@ class DpoRun:
         learnt = session.call("learning", learner.learn.remote(result.groups))
         session.call("saving", learner.save_adapter.remote(self.folder.adapter_path))
         if config.rollout.publish and learnt["pairs"]:
-            session.publish(session.call("publishing", learner.adapter_update.remote(number)))
+            session.publish(learner.adapter_update.remote(number))
 
         stats = result.stats
         metrics = rollout_metrics(result.groups) | learnt
