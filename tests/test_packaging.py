@@ -163,7 +163,7 @@ import importlib.resources, recipes
 print(sorted(path.name for path in importlib.resources.files("configs").iterdir() if path.suffix == ".yaml"))
 print(recipes.__file__)
 """
-    command = [sys.executable, "-c", f"import sys; sys.path.append({str(site)!r}){code}"]
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(1, {str(site)!r}){code}"]
     result = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     yaml, module = result.stdout.splitlines()
