@@ -101,11 +101,11 @@ class DpoRun:
             "seconds/learning": learnt["seconds"],
             "seconds/round": time.monotonic() - start,
         }
+        self.rounds_done = number
         self.folder.write_rollouts(number, result.groups)
         self.folder.append_metrics(metrics)
         self.tracker.log(metrics, step=number)
         self.tracker.log_samples(number, list(sample_rows(result.groups[:4])))
-        self.rounds_done = number
         self.console.round_done(metrics)
 
     def evaluate(self, when: str) -> Evaluation:

@@ -24,6 +24,15 @@ SHORT = (
     "ray.dashboard=false",
 )
 
+ENDLESS = (
+    "rounds=500",
+    "rollout.prompts_per_round=8",
+    "data.eval_prompts=8",
+    "data.eval_samples=1",
+    "data.train_examples=16",
+    "ray.dashboard=false",
+)
+
 
 def only_run(folder: Path) -> Path:
     (found,) = (folder / "runs").iterdir()
@@ -99,10 +108,12 @@ def test_what_a_run_leaves(learnt: tuple[Ended, Path]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("when", ["Ray starts", "a rollout runs"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("when", "number"),
+    [("Ray starts", signal.SIGINT), ("a rollout runs", signal.SIGINT), ("a rollout runs", signal.SIGTERM)],
+)
 def test_ctrl_c_ends_it_cleanly_and_keeps_what_was_learnt(when: str, number: int, tmp_path: Path) -> None:
-    command = Command(RECIPE, *SHORT, "rounds=500", cwd=tmp_path, PYTHONUNBUFFERED="1")
+    command = Command(RECIPE, *ENDLESS, cwd=tmp_path, PYTHONUNBUFFERED="1")
     deadline = time.monotonic() + 120
 
     def reached() -> bool:
@@ -175,7 +186,7 @@ def test_a_full_disk_is_one_line_and_status_2(tmp_path: Path) -> None:
     if mounted.returncode:
         pytest.skip(f"this machine lets nobody mount: {mounted.stderr.decode().strip()}")
     try:
-        command = Command(RECIPE, *SHORT, "rounds=500", "tracker=none", f"output_dir={small}", cwd=tmp_path)
+        command = Command(RECIPE, *ENDLESS, "tracker=none", f"output_dir={small}", cwd=tmp_path)
         deadline = time.monotonic() + 120
         while not list(small.glob("*/metrics.jsonl")):
             assert time.monotonic() < deadline and command.process.poll() is None
