@@ -222,6 +222,8 @@ class StageEngine:
 
     def _run(self, plan: StepPlan, numbers: dict[str, int]) -> _StepResult:
         """Computes this stage's part of a step; on the last stage the result is there at once, on others to come."""
+        # The peers have what was sent in steps before those in flight, or take it next: this can never wait for long.
+        self.transport.flush(keep=self.num_lanes * (self.transport.world_size - 1))
         self._steps += 1
         tag = 2 * self._steps
         inputs = build_step_inputs(plan, self.options.block_size, self.options.device)

@@ -17,6 +17,8 @@ class TransportError(RuntimeError):
 class Transport(Protocol):
     """Point-to-point messages between stages; tensors arrive in a given buffer, matched by tag.
 
+    A sender keeps what it sends until :meth:`flush` has seen it leave, so call that while a batch runs.
+
     Attributes:
         rank, world_size: this stage and how many there are.
     """
@@ -30,8 +32,8 @@ class Transport(Protocol):
     def receive(self, buffer: Tensor, source: int, tag: int) -> Tensor:
         """Waits until the buffer holds the message of that tag; returns it."""
 
-    def flush(self) -> None:
-        """Waits until everything that was sent has left."""
+    def flush(self, keep: int = 0) -> None:
+        """Waits until all messages but the newest ``keep`` have left, and lets go of their tensors."""
 
     def close(self) -> None:
         """Ends the connection; waits of peers fail."""
@@ -48,7 +50,7 @@ class LoopbackTransport:
     def receive(self, buffer: Tensor, source: int, tag: int) -> Tensor:
         raise TransportError(f"a single stage has no stage {source} to receive from")
 
-    def flush(self) -> None:
+    def flush(self, keep: int = 0) -> None:
         """Nothing was sent."""
 
     def close(self) -> None:
@@ -57,6 +59,8 @@ class LoopbackTransport:
 
 class ProcessGroupTransport:
     """Messages over a gloo process group of the stages' own (torch.distributed), tensors as raw bytes.
+
+    Tensors of a GPU go through the host's memory, because gloo knows no other.
 
     Args:
         rank, world_size: this stage and the number of stages.
@@ -85,27 +89,27 @@ class ProcessGroupTransport:
         self._sending: deque[tuple[Any, Tensor]] = deque()
 
     def send(self, tensor: Tensor, to: int, tag: int) -> None:
-        payload = tensor.contiguous().view(torch.uint8).reshape(-1)
+        payload = tensor.cpu().contiguous().view(torch.uint8).reshape(-1)
         try:
-            while self._sending and self._sending[0][0].is_completed():
-                self._sending.popleft()[0].wait()
             self._sending.append((self._group.send([payload], to, tag), payload))
         except RuntimeError as fault:
             raise TransportError(f"stage {self.rank} cannot send to stage {to}: {fault}") from fault
 
     def receive(self, buffer: Tensor, source: int, tag: int) -> Tensor:
+        host = buffer if buffer.device.type == "cpu" else torch.empty_like(buffer, device="cpu")
         try:
-            self._group.recv([buffer.view(torch.uint8).reshape(-1)], source, tag).wait()
+            self._group.recv([host.view(torch.uint8).reshape(-1)], source, tag).wait()
         except RuntimeError as fault:
             raise TransportError(f"stage {self.rank} got nothing from stage {source}: {fault}") from fault
-        return buffer
+        return buffer if host is buffer else buffer.copy_(host)
 
-    def flush(self) -> None:
+    def flush(self, keep: int = 0) -> None:
         try:
-            while self._sending:
+            # a send of gloo counts as completed only once it was waited for
+            while len(self._sending) > keep:
                 self._sending.popleft()[0].wait()
         except RuntimeError as fault:
-            raise TransportError(f"stage {self.rank} could not deliver its last messages: {fault}") from fault
+            raise TransportError(f"stage {self.rank} could not deliver its messages: {fault}") from fault
 
     def close(self) -> None:
         self._sending.clear()

@@ -137,3 +137,22 @@ def test_a_lost_stage_is_an_error_not_a_hang(folder: Path) -> None:
 def test_a_peer_that_never_comes_is_an_error() -> None:
     with pytest.raises(TransportError, match="found no peers at 127.0.0.1"):
         ProcessGroupTransport(1, 2, "127.0.0.1", free_port(), timeout_s=1.0)
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_what_was_delivered_is_let_go_while_a_batch_runs(folder: Path, lanes: int) -> None:
+    held: dict[int, int] = {0: 0, 1: 0, 2: 0}
+    with Pipeline(EngineOptions(str(folder), micro_batches=lanes), (1, 1, 1)) as pipeline:
+        for engine in pipeline.engines:
+            transport, send = engine.transport, engine.transport.send
+
+            def watched(tensor: Any, to: int, tag: int, send: Any = send, transport: Any = transport) -> None:
+                send(tensor, to, tag)
+                held[transport.rank] = max(held[transport.rank], len(transport._sending))
+
+            transport.send = watched
+        pipeline.rollout(requests())
+        assert pipeline.engines[0].counters()["steps"] > 20 * lanes
+        # one step more than is in flight: what is sent now, before the next look; results go to two stages
+        assert held[0] <= 2 * lanes + 1 and held[1] <= 2 * lanes + 1 and held[2] <= 2 * lanes + 2
+        assert all(not engine.transport._sending for engine in pipeline.engines)
