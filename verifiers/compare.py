@@ -159,8 +159,9 @@ class _Comparer:
 
     def _normal(self, text: str) -> str:
         options = self.options
-        return normal_string(text, nfkc=options.nfkc, collapse_whitespace=options.collapse_whitespace,
-                             casefold=options.casefold)
+        return normal_string(
+            text, nfkc=options.nfkc, collapse_whitespace=options.collapse_whitespace, casefold=options.casefold
+        )
 
 
 def leaves(value: Any) -> list[Path]:

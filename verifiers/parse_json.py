@@ -144,8 +144,10 @@ class _Reader:
 
     def _unexpected(self, match: re.Match[str], wanted: str) -> MalformedJson:
         position = skip_space(self.text, match.start())
-        return self._fail(f"malformed: expected {wanted} at character {position}, found "
-                          f"{self.text[position:position + 12]!r}", position)
+        return self._fail(
+            f"malformed: expected {wanted} at character {position}, found {self.text[position : position + 12]!r}",
+            position,
+        )
 
     def _value(self, may_close: bool) -> Any:
         match = self._token("a value")
@@ -227,8 +229,7 @@ class _Reader:
             if stopped > last or (stopped == last and self.text[last] == "\\"):
                 raise self._fail("truncated: the output ends inside a string", len(self.text))
             # The position is the string's start, so that whoever goes on from there sees the opening quote.
-            raise self._fail(f"malformed: control character in a string at character {stopped}",
-                             match.start("string"))
+            raise self._fail(f"malformed: control character in a string at character {stopped}", match.start("string"))
         self.position = match.end()
         raw = match["string"][1:]
         if "\\" in raw:

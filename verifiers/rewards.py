@@ -50,8 +50,9 @@ class RewardDesign:
         if self.name == "decomposed":
             unknown = set(self.weights) - set(DEFAULT_SHARES)
             if unknown:
-                raise ValueError(f"unknown share {min(unknown)!r} of the decomposed reward: it has "
-                                 f"{', '.join(DEFAULT_SHARES)}")
+                raise ValueError(
+                    f"unknown share {min(unknown)!r} of the decomposed reward: it has {', '.join(DEFAULT_SHARES)}"
+                )
             if sum(self.shares.values()) <= 0:
                 raise ValueError("the shares of the decomposed reward must not all be 0")
 

@@ -57,8 +57,7 @@ class CompiledSchema:
         self.schema = schema
         self.has_dates = any(node.get("format") in ("date", "date-time") for node in _objects(schema))
         counted = {name: _counted(name, check) for name, check in plain.VALIDATORS.items()}
-        self._validator = validators.extend(plain, counted)(
-            schema, registry=SPECIFICATIONS, format_checker=_FORMATS)
+        self._validator = validators.extend(plain, counted)(schema, registry=SPECIFICATIONS, format_checker=_FORMATS)
         self._golds: set[str] = set()
 
     def fault(self, value: object) -> str | None:
@@ -164,8 +163,10 @@ def _check_references(schema: dict[str, Any]) -> None:
             try:
                 target = resolver.lookup(reference)
             except Unresolvable:
-                raise ValueError(f"the JSON Schema's {keyword} {reference!r} is not in the schema: remote schemas are "
-                                 "not fetched, copy it into $defs") from None
+                raise ValueError(
+                    f"the JSON Schema's {keyword} {reference!r} is not in the schema: remote schemas are "
+                    "not fetched, copy it into $defs"
+                ) from None
             # Followed, because it may lead under a key that is no schema keyword, such as #/components/schemas.
             waiting.append((_resource(target.contents), target.resolver))
 
@@ -214,8 +215,9 @@ def _cost(name: str, instance: Any) -> int:
 def _bounded_pattern(check: Callable[..., Any]) -> Callable[..., Iterator[ValidationError]]:
     def pattern(validator: Any, keyword: Any, instance: Any, schema: Any) -> Iterator[ValidationError]:
         if isinstance(instance, str) and len(instance) > limits.MAX_PATTERN_CHARS:
-            yield ValidationError(f"a string of {len(instance)} characters, and a pattern is tried on "
-                                  f"{limits.MAX_PATTERN_CHARS} at most")
+            yield ValidationError(
+                f"a string of {len(instance)} characters, and a pattern is tried on {limits.MAX_PATTERN_CHARS} at most"
+            )
             return
         yield from check(validator, keyword, instance, schema) or ()
 

@@ -190,8 +190,7 @@ def _person(rng: random.Random, form: str, template: str) -> tuple[str, str, dic
     if template == "form":
         rows = "\n".join(f"{since}: {job}, {employer}" for job, employer, since in written)
         text = (
-            f"{name}\nBorn {write_date(born, form)}\n{contact['email']}{f' / {phone}' if phone else ''}\n"
-            f"Work:\n{rows}"
+            f"{name}\nBorn {write_date(born, form)}\n{contact['email']}{f' / {phone}' if phone else ''}\nWork:\n{rows}"
         )
     else:
         rows = ", and ".join(f"as {job} for {employer} since {since}" for job, employer, since in written)

@@ -129,6 +129,8 @@ class WandbTracker:
         import wandb
 
         _writable_wandb_home(run_dir)
+        # W&B takes our package `verifiers` for another of that name and advertises Weave for it.
+        os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")
         wanted = {
             "x_transaction_log_flush_interval": 1.0,  # by default a killed run keeps nothing of its last 15 s
             "console": "off",  # the console redraws itself; copying it makes a log that nobody can read

@@ -84,8 +84,14 @@ def test_all_faults_at_once_on_nested_answers(difficulty):
 
 def test_a_fault_without_room_leaves_the_answer():
     row = Example("1", [{"role": "user", "content": "List nothing."}], [])
-    assert demonstrate(row, random.Random(0), DemonstrationMix(raw_date=1, wrong_key=1, dropped_field=1, text_number=1,
-                                                               extra_field=1)) == "[]"
+    assert (
+        demonstrate(
+            row,
+            random.Random(0),
+            DemonstrationMix(raw_date=1, wrong_key=1, dropped_field=1, text_number=1, extra_field=1),
+        )
+        == "[]"
+    )
 
 
 def test_shares_out_of_range_are_refused():

@@ -133,8 +133,12 @@ def test_the_rule_filters_sorts_and_breaks_ties_by_name():
 
 def test_rule_documents_have_ties_and_rows_that_are_left_out():
     examples = generate_examples("train", "hard_rule", 300, 0)
-    ties = [e for e in examples if (field := re.search(r"sorted by (\w+)", e.messages[0]["content"])[1])
-            and len({str(row[field]) for row in e.gold}) < len(e.gold)]
+    ties = [
+        e
+        for e in examples
+        if (field := re.search(r"sorted by (\w+)", e.messages[0]["content"])[1])
+        and len({str(row[field]) for row in e.gold}) < len(e.gold)
+    ]
     assert len(ties) > 60
     assert all(1 <= len(example.gold) <= 4 for example in examples)
 

@@ -19,37 +19,56 @@ def equal(gold, value, options=OPTIONS, schema=None):
     return counts(gold, value, options, schema) == (1, 0, 0, 0)
 
 
-@pytest.mark.parametrize(("gold", "value", "right"), [
-    (1, 1.0, True), (1, True, False), (True, 1, False), (True, True, True), (False, None, False), (0, False, False),
-    (12.5, "12.5", False), ("12.50", 12.5, False), ("a", "a", True), ("a", "A", False), ("a b", " a\n b ", True),
-    (None, None, True), (None, "null", False), ("", None, False), (0, None, False), (1.0, 1.0 + 1e-10, True),
-])
+@pytest.mark.parametrize(
+    ("gold", "value", "right"),
+    [
+        (1, 1.0, True),
+        (1, True, False),
+        (True, 1, False),
+        (True, True, True),
+        (False, None, False),
+        (0, False, False),
+        (12.5, "12.5", False),
+        ("12.50", 12.5, False),
+        ("a", "a", True),
+        ("a", "A", False),
+        ("a b", " a\n b ", True),
+        (None, None, True),
+        (None, "null", False),
+        ("", None, False),
+        (0, None, False),
+        (1.0, 1.0 + 1e-10, True),
+    ],
+)
 def test_scalars_by_type(gold, value, right):
     assert equal(gold, value) is right
 
 
-@pytest.mark.parametrize(("gold", "value", "expected"), [
-    ({"a": 1, "b": 2}, {"b": 2, "a": 1}, (2, 0, 0, 0)),
-    ({"a": 1, "b": 2}, {"a": 1, "b": 3}, (1, 1, 0, 0)),
-    ({"a": 1, "b": 2}, {"a": 1}, (1, 0, 1, 0)),
-    ({"a": 1}, {"a": 1, "b": 2, "c": [3, 4]}, (1, 0, 0, 3)),
-    ({"a": None}, {}, (0, 0, 1, 0)),
-    ({}, {"a": None}, (0, 0, 0, 1)),
-    ({"A": 1}, {"a": 1}, (0, 0, 1, 1)),
-    ([1, 2, 3], [1, 3, 2], (1, 2, 0, 0)),  # by position
-    ([1, 2], [1, 2, 3], (2, 0, 0, 1)),
-    ([1, 2, 3], [1], (1, 0, 2, 0)),
-    ({"a": {"b": 1, "c": 2}}, {"a": 5}, (0, 0, 2, 1)),  # another kind: all missing, all invented
-    ({"a": 5}, {"a": {"b": 1, "c": 2}}, (0, 0, 1, 2)),
-    ({"a": [1, 2]}, {"a": {"0": 1, "1": 2}}, (0, 0, 2, 2)),
-    ({"a": []}, {"a": []}, (1, 0, 0, 0)),
-    ({"a": []}, {"a": [1]}, (0, 0, 0, 1)),
-    ({"a": [1]}, {"a": []}, (0, 0, 1, 0)),
-    ({"a": []}, {}, (0, 0, 1, 0)),
-    ({"a": []}, {"a": {}}, (0, 0, 1, 1)),
-    ({}, {}, (1, 0, 0, 0)),
-    ({"a": []}, {"a": None}, (0, 0, 1, 1)),
-])
+@pytest.mark.parametrize(
+    ("gold", "value", "expected"),
+    [
+        ({"a": 1, "b": 2}, {"b": 2, "a": 1}, (2, 0, 0, 0)),
+        ({"a": 1, "b": 2}, {"a": 1, "b": 3}, (1, 1, 0, 0)),
+        ({"a": 1, "b": 2}, {"a": 1}, (1, 0, 1, 0)),
+        ({"a": 1}, {"a": 1, "b": 2, "c": [3, 4]}, (1, 0, 0, 3)),
+        ({"a": None}, {}, (0, 0, 1, 0)),
+        ({}, {"a": None}, (0, 0, 0, 1)),
+        ({"A": 1}, {"a": 1}, (0, 0, 1, 1)),
+        ([1, 2, 3], [1, 3, 2], (1, 2, 0, 0)),  # by position
+        ([1, 2], [1, 2, 3], (2, 0, 0, 1)),
+        ([1, 2, 3], [1], (1, 0, 2, 0)),
+        ({"a": {"b": 1, "c": 2}}, {"a": 5}, (0, 0, 2, 1)),  # another kind: all missing, all invented
+        ({"a": 5}, {"a": {"b": 1, "c": 2}}, (0, 0, 1, 2)),
+        ({"a": [1, 2]}, {"a": {"0": 1, "1": 2}}, (0, 0, 2, 2)),
+        ({"a": []}, {"a": []}, (1, 0, 0, 0)),
+        ({"a": []}, {"a": [1]}, (0, 0, 0, 1)),
+        ({"a": [1]}, {"a": []}, (0, 0, 1, 0)),
+        ({"a": []}, {}, (0, 0, 1, 0)),
+        ({"a": []}, {"a": {}}, (0, 0, 1, 1)),
+        ({}, {}, (1, 0, 0, 0)),
+        ({"a": []}, {"a": None}, (0, 0, 1, 1)),
+    ],
+)
 def test_containers_field_by_field(gold, value, expected):
     assert counts(gold, value) == expected
 
@@ -77,14 +96,22 @@ DAY = "2025-03-03"
 UTC, PARIS = "2025-03-03T00:00:00Z", "2025-03-03T01:00:00+01:00"
 
 
-@pytest.mark.parametrize("schema", [
-    {"properties": {"d": {"format": "date-time"}}},
-    {"properties": {"d": {"anyOf": [{"type": "null"}, {"type": "string", "format": "date-time"}]}}},
-    {"properties": {"d": {"$ref": "#/$defs/moment"}}, "$defs": {"moment": {"format": "date-time"}}},
-    {"allOf": [{"properties": {"d": {"type": "string"}}}, {"additionalProperties": {"format": "date-time"}}]},
-    {"$ref": "#/$defs/a", "$defs": {"a": {"allOf": [{"$ref": "#/$defs/b"}]},
-                                    "b": {"properties": {"d": {"format": "date-time"}}, "$ref": "#/$defs/a"}}},
-])
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"properties": {"d": {"format": "date-time"}}},
+        {"properties": {"d": {"anyOf": [{"type": "null"}, {"type": "string", "format": "date-time"}]}}},
+        {"properties": {"d": {"$ref": "#/$defs/moment"}}, "$defs": {"moment": {"format": "date-time"}}},
+        {"allOf": [{"properties": {"d": {"type": "string"}}}, {"additionalProperties": {"format": "date-time"}}]},
+        {
+            "$ref": "#/$defs/a",
+            "$defs": {
+                "a": {"allOf": [{"$ref": "#/$defs/b"}]},
+                "b": {"properties": {"d": {"format": "date-time"}}, "$ref": "#/$defs/a"},
+            },
+        },
+    ],
+)
 def test_dates_by_normal_form_where_the_schema_says_so(schema):
     assert equal({"d": UTC}, {"d": PARIS}, schema=schema)
     assert not equal({"d": UTC}, {"d": "2025-03-03T01:00:00Z"}, schema=schema)
@@ -123,9 +150,11 @@ def test_options_reach_the_fields():
             CompareOptions(absolute_tolerance=bad)
 
 
-values = st.recursive(st.none() | st.booleans() | st.integers(0, 3) | st.sampled_from(["a", "b"]),
-                      lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("abc"), inner),
-                      max_leaves=10)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers(0, 3) | st.sampled_from(["a", "b"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("abc"), inner),
+    max_leaves=10,
+)
 
 
 @settings(deadline=None)

@@ -87,8 +87,9 @@ def test_the_expected_kind_goes_first_and_any_kind_is_better_than_none():
 
 
 plain = st.text(alphabet=st.characters(blacklist_characters='{}["`', blacklist_categories=["Cs"]), max_size=60)
-objects = st.dictionaries(st.text(max_size=8), st.text(max_size=12) | st.integers(-99, 99) | st.lists(st.booleans()),
-                          max_size=5)
+objects = st.dictionaries(
+    st.text(max_size=8), st.text(max_size=12) | st.integers(-99, 99) | st.lists(st.booleans()), max_size=5
+)
 
 
 @settings(deadline=None)

@@ -23,18 +23,31 @@ SCHEMA = {
         "tags": {"type": "array", "uniqueItems": True},
         "tree": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/tree"}]},
         "union": {"anyOf": [{"type": "string", "maxLength": length} for length in range(20)]},
-        "items": {"type": "array", "items": {
-            "type": "object",
-            "additionalProperties": False,
-            "required": ["name"],
-            "properties": {"name": {"type": "string"}, "price": {"type": "number", "multipleOf": 0.01},
-                           "quantity": {"type": "integer"}},
-        }},
+        "items": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "additionalProperties": False,
+                "required": ["name"],
+                "properties": {
+                    "name": {"type": "string"},
+                    "price": {"type": "number", "multipleOf": 0.01},
+                    "quantity": {"type": "integer"},
+                },
+            },
+        },
     },
     "$defs": {"tree": {"type": "array", "items": {"anyOf": [{"type": "number"}, {"$ref": "#/$defs/tree"}]}}},
 }
-GOLD = {"number": "1-2", "date": "2025-03-03T00:00:00Z", "note": "Crème brûlée " * 800, "tags": ["x"], "tree": None,
-        "union": "", "items": [{"name": "a", "price": 1.5, "quantity": 2}]}
+GOLD = {
+    "number": "1-2",
+    "date": "2025-03-03T00:00:00Z",
+    "note": "Crème brûlée " * 800,
+    "tags": ["x"],
+    "tree": None,
+    "union": "",
+    "items": [{"name": "a", "price": 1.5, "quantity": 2}],
+}
 DESIGN = RewardDesign("weighted", {"items.*.price": 2, "note": 3})
 
 

@@ -12,8 +12,12 @@ from verifiers.json_extraction import COMPONENTS, CompareOptions, RewardDesign, 
 
 SCHEMA = {
     "type": "object",
-    "properties": {"number": {"type": "string"}, "date": {"type": "string", "format": "date"},
-                   "total": {"type": "number"}, "items": {"type": "array", "items": {"type": "string"}}},
+    "properties": {
+        "number": {"type": "string"},
+        "date": {"type": "string", "format": "date"},
+        "total": {"type": "number"},
+        "items": {"type": "array", "items": {"type": "string"}},
+    },
     "required": ["number", "date", "total"],
     "additionalProperties": False,
 }
@@ -46,8 +50,9 @@ def test_a_wrong_missing_and_invented_field():
     assert verdict.components["fields"] == pytest.approx(3 / 6)
     assert verdict.components["precision"] == pytest.approx(3 / 5)
     assert verdict.components["recall"] == pytest.approx(3 / 5)
-    assert verdict.reason == ("1 wrong (total); 1 missing (date); 1 invented (items.2); "
-                              "schema: total: '12.50' is not of type 'number'")
+    assert verdict.reason == (
+        "1 wrong (total); 1 missing (date); 1 invented (items.2); schema: total: '12.50' is not of type 'number'"
+    )
 
 
 def test_an_unnormalized_date_is_no_exact_match():
@@ -67,9 +72,14 @@ def test_right_fields_that_break_the_schema_are_no_exact_match():
 
 
 def test_no_json_scores_zero_with_a_reason():
-    for text, reason in [("", "no JSON"), ('{"number": "INV', "truncated"), ('{"a": 1, "a": 1}', "duplicate key"),
-                         ('{"total": NaN}', "NaN is not JSON"), ("[" * 1_000_000, "more than"),
-                         ("[" * 1_000 + "]" * 1_000, "nested deeper than")]:
+    for text, reason in [
+        ("", "no JSON"),
+        ('{"number": "INV', "truncated"),
+        ('{"a": 1, "a": 1}', "duplicate key"),
+        ('{"total": NaN}', "NaN is not JSON"),
+        ("[" * 1_000_000, "more than"),
+        ("[" * 1_000 + "]" * 1_000, "nested deeper than"),
+    ]:
         verdict = verify(text, GOLD, SCHEMA)
         assert verdict.components == dict.fromkeys(COMPONENTS, 0.0) and verdict.reward == 0.0
         assert reason in verdict.reason and verdict.value is None
@@ -87,15 +97,18 @@ def test_gold_of_other_kinds():
     assert verify("5", True).components["exact_match"] == 0.0
 
 
-@pytest.mark.parametrize(("gold", "message"), [
-    ({"a": float("nan")}, "cannot hold at a"),
-    ({"a": [1, 10**400]}, "cannot hold at a.1"),
-    ({"a": (1, 2)}, "a tuple at a"),
-    ({1: 2}, "keys must be strings"),
-    ([[]] * limits.MAX_VALUES, "more than"),
-    (json.loads("[" * 40 + "]" * 40), "nested deeper"),
-    ({"number": "x"}, "does not satisfy its own schema"),
-])
+@pytest.mark.parametrize(
+    ("gold", "message"),
+    [
+        ({"a": float("nan")}, "cannot hold at a"),
+        ({"a": [1, 10**400]}, "cannot hold at a.1"),
+        ({"a": (1, 2)}, "a tuple at a"),
+        ({1: 2}, "keys must be strings"),
+        ([[]] * limits.MAX_VALUES, "more than"),
+        (json.loads("[" * 40 + "]" * 40), "nested deeper"),
+        ({"number": "x"}, "does not satisfy its own schema"),
+    ],
+)
 def test_a_faulty_gold_is_refused(gold, message):
     for check in (lambda: check_gold(gold, SCHEMA), lambda: verify(answer(), gold, SCHEMA)):
         with pytest.raises(ValueError, match=message):
@@ -126,13 +139,24 @@ def test_a_verdict_and_its_settings_travel_between_processes():
 numbers = st.integers(-(10**12), 10**12) | st.floats(-1e12, 1e12)
 golds = st.dictionaries(
     st.text(max_size=8),
-    st.recursive(st.none() | st.booleans() | numbers | st.text(max_size=12) | st.dates().map(str),
-                 lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-                 max_leaves=8),
+    st.recursive(
+        st.none() | st.booleans() | numbers | st.text(max_size=12) | st.dates().map(str),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+        max_leaves=8,
+    ),
     max_size=5,
 )
-fenced = st.sampled_from(["{}", " {}\n", "```json\n{}\n```", "```\n{}", "Here you are:\n```json\n{}\n```\nBye.",
-                          "<think>maybe [1]</think>{}", "As {{1}} and [2] say, {}. See [3]."])
+fenced = st.sampled_from(
+    [
+        "{}",
+        " {}\n",
+        "```json\n{}\n```",
+        "```\n{}",
+        "Here you are:\n```json\n{}\n```\nBye.",
+        "<think>maybe [1]</think>{}",
+        "As {{1}} and [2] say, {}. See [3].",
+    ]
+)
 
 
 @settings(deadline=None)
@@ -145,16 +169,18 @@ def test_gold_rendered_in_any_way_is_an_exact_match(gold, template, indent, asci
             return {key: shuffled(value[key]) for key in keys}
         return [shuffled(item) for item in value] if isinstance(value, list) else value
 
-    text = template.replace("{{1}}", "(1)").replace("{}", json.dumps(shuffled(gold), indent=indent,
-                                                                     ensure_ascii=ascii_only))
+    text = template.replace("{{1}}", "(1)").replace(
+        "{}", json.dumps(shuffled(gold), indent=indent, ensure_ascii=ascii_only)
+    )
     for design in (RewardDesign("binary"), RewardDesign("weighted"), RewardDesign("decomposed")):
         verdict = verify(text, gold, design=design)
         assert verdict.components["exact_match"] == 1.0 and verdict.reward == 1.0, verdict.reason
 
 
 jsonish = st.text(alphabet='{}[]",:.`\\ \nabtruefalsn0123456789-+eE"date"', max_size=120)
-broken = st.builds(lambda text, cut, junk: text[:cut] + junk + text[cut:], st.just(answer()), st.integers(0, 90),
-                   st.text(max_size=3))
+broken = st.builds(
+    lambda text, cut, junk: text[:cut] + junk + text[cut:], st.just(answer()), st.integers(0, 90), st.text(max_size=3)
+)
 cut_off = st.integers(0, 90).map(lambda length: answer()[:length])
 
 

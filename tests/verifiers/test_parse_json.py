@@ -10,7 +10,10 @@ from verifiers import limits
 from verifiers.parse_json import Budget, MalformedJson, OverLimit, parse_json
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**30), 10**30) | st.floats(allow_nan=False, allow_infinity=False)
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**30), 10**30)
+    | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=8), inner, max_size=5),
     max_leaves=20,
@@ -75,8 +78,16 @@ def test_says_where_and_why_a_text_is_not_json(text, reason):
 
 
 def test_a_bracket_in_prose_is_no_attempt_at_json():
-    for text, serious in [("[see below", False), ("{hello}", False), ("[[[ and", False), ("[1 2", True),
-                          ("{'a': 1}", True), ("{a: 1}", True), ("[NaN]", True), ('{"a', True)]:
+    for text, serious in [
+        ("[see below", False),
+        ("{hello}", False),
+        ("[[[ and", False),
+        ("[1 2", True),
+        ("{'a': 1}", True),
+        ("{a: 1}", True),
+        ("[NaN]", True),
+        ('{"a', True),
+    ]:
         with pytest.raises(MalformedJson) as caught:
             parse_json(text, 0, Budget())
         assert caught.value.serious is serious, text

@@ -42,22 +42,27 @@ def test_decomposed_adds_up_its_shares():
     assert reward(HALF, "decomposed", schema=schema) == pytest.approx(0.1 + 0.2 + 0.7 * 2 / 5)
     assert reward('{"a": 1}', "decomposed", schema=schema) == pytest.approx(0.1 + 0.7 * 1 / 4)
     assert reward(f"Well: {HALF}", "decomposed", {"parse": 1, "schema": 0, "fields": 2, "clean": 1}) == pytest.approx(
-        (1 + 2 * 2 / 5) / 4)
+        (1 + 2 * 2 / 5) / 4
+    )
     assert reward("nothing", "decomposed", schema=schema) == 0.0
     # An extra key that is not weighted away costs a field.
     assert reward(HALF.replace('"new": 5', '"new": "x"'), "decomposed", schema=schema) == pytest.approx(
-        0.1 + 0.7 * 2 / 5)
+        0.1 + 0.7 * 2 / 5
+    )
 
 
-@pytest.mark.parametrize(("name", "weights", "message"), [
-    ("best", {}, "unknown reward design 'best'"),
-    ("binary", {"a": 1}, "takes no weights"),
-    ("weighted", {"a": -1}, "weight of 'a'"),
-    ("weighted", {"a": float("nan")}, "weight of 'a'"),
-    ("weighted", {"a": True}, "weight of 'a'"),
-    ("decomposed", {"field": 1}, "unknown share 'field'"),
-    ("decomposed", {"parse": 0, "schema": 0, "fields": 0}, "must not all be 0"),
-])
+@pytest.mark.parametrize(
+    ("name", "weights", "message"),
+    [
+        ("best", {}, "unknown reward design 'best'"),
+        ("binary", {"a": 1}, "takes no weights"),
+        ("weighted", {"a": -1}, "weight of 'a'"),
+        ("weighted", {"a": float("nan")}, "weight of 'a'"),
+        ("weighted", {"a": True}, "weight of 'a'"),
+        ("decomposed", {"field": 1}, "unknown share 'field'"),
+        ("decomposed", {"parse": 0, "schema": 0, "fields": 0}, "must not all be 0"),
+    ],
+)
 def test_a_faulty_design_is_refused(name, weights, message):
     with pytest.raises(ValueError, match=message):
         RewardDesign(name, weights)
