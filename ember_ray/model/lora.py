@@ -12,14 +12,35 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
 _TENSOR_NAME = re.compile(
-    r"^(?:base_model\.model\.)?(model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+))\.lora_(A|B)(?:\.default)?\.weight$"
+    r"^(?:base_model\.model\.)?"
+    r"(?P<path>model\.layers\.(?P<layer>\d+)\.(?:"
+    r"self_attn\.(?P<attention>q_proj|k_proj|v_proj|o_proj)|mlp\.(?P<mlp>gate_proj|up_proj|down_proj)))"
+    r"\.lora_(?P<half>A|B)(?:\.default)?\.weight$"
 )
+
+_NOT_PLAIN = "it computes something else than W x + s B A x"
+_REFUSED = {
+    "use_dora": "DoRA needs the norm of the merged weight",
+    "modules_to_save": "whole modules cannot be swapped in place",
+    "trainable_token_indices": "the embedding cannot be swapped in place",
+    "lora_bias": "biases are not part of a swap",
+    "fan_in_fan_out": "Qwen3 has no transposed linear layers",
+    "layer_replication": "the layers of the base model stay as they are",
+    "target_parameters": "only linear layers are adapted",
+    **dict.fromkeys(
+        ("use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config"),
+        _NOT_PLAIN,
+    ),
+}
+"""Settings of PEFT's LoraConfig that, where they are set, cannot be served, and why."""
+
+_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+"""Ways to start A and B that leave the base weight as it is; all others take something out of it first."""
 
 
 class AdapterError(ValueError):
@@ -54,7 +75,12 @@ LoraLayers = dict[int, dict[str, LoraPair]]
 """Layer index -> projection name -> pair."""
 
 
-def check_adapter(update: AdapterUpdate, shapes: Mapping[str, tuple[int, int]], num_layers: int) -> LoraLayers:
+def check_adapter(
+    update: AdapterUpdate,
+    shapes: Mapping[str, tuple[int, int]],
+    num_layers: int,
+    dtype: torch.dtype = torch.float32,
+) -> LoraLayers:
     """Turns an update into pairs per layer, or refuses it.
 
     Args:
@@ -62,6 +88,7 @@ def check_adapter(update: AdapterUpdate, shapes: Mapping[str, tuple[int, int]], 
         shapes: projection name to (out, in) of the model's linear layers.
         num_layers: layers of the whole model (every stage checks the whole update, so that
             all stages refuse the same ones).
+        dtype: in which A and B will serve; a value that it cannot hold is as bad as an infinite one.
 
     Raises:
         AdapterError: unknown module, A without B, wrong shape or rank, NaN or Inf, bad scale, no tensor at all.
@@ -72,19 +99,18 @@ def check_adapter(update: AdapterUpdate, shapes: Mapping[str, tuple[int, int]], 
         match = _TENSOR_NAME.match(name)
         if match is None:
             raise AdapterError(
-                f"adapter tensor '{name}' is no LoRA A or B of a Qwen3 linear layer (those: {', '.join(PROJECTIONS)})"
+                f"adapter tensor '{name}' is no LoRA A or B of a Qwen3 linear layer (those: {', '.join(shapes)})"
             )
-        path, layer, projection, half = match[1], int(match[2]), match[3], match[4]
-        if projection not in shapes:
-            raise AdapterError(f"adapter tensor '{name}': no linear layer '{projection}' in the model")
+        path, layer, half = match["path"], int(match["layer"]), match["half"]
+        projection = match["attention"] or match["mlp"]
         if layer >= num_layers:
             raise AdapterError(f"adapter tensor '{name}': the model has only {num_layers} layers")
         if not tensor.is_floating_point() or tensor.dim() != 2:
             raise AdapterError(
                 f"adapter tensor '{name}' must be a 2-d float tensor, not {tensor.dtype} {tuple(tensor.shape)}"
             )
-        if not bool(torch.isfinite(tensor).all()):
-            raise AdapterError(f"adapter tensor '{name}' has NaN or Inf")
+        if not bool(torch.isfinite(tensor.to(dtype)).all()):
+            raise AdapterError(f"adapter tensor '{name}' has NaN or Inf in {str(dtype).removeprefix('torch.')}")
         if half in halves.setdefault(path, {}):
             raise AdapterError(f"adapter tensor '{name}' is there twice")
         halves[path][half] = tensor
@@ -120,7 +146,7 @@ def check_adapter(update: AdapterUpdate, shapes: Mapping[str, tuple[int, int]], 
 def _pattern_value(patterns: Mapping[str, float], path: str, default: float) -> float:
     """PEFT's rule for rank_pattern and alpha_pattern: the first key that matches the end of the module path."""
     for key, value in patterns.items():
-        if re.match(rf"(?:.*\.)?(?:{key})$", path):
+        if re.match(rf"(.*\.)?({key})$", path):
             return value
     return default
 
@@ -130,7 +156,8 @@ def load_peft_adapter(folder: str | Path, version: int) -> AdapterUpdate:
 
     Raises:
         AdapterError: a file is missing or broken, or the adapter is of a kind that is not served
-            (DoRA, modules_to_save, biases, another PEFT type).
+            (another PEFT type, DoRA and other variants of LoRA, a start that changed the base weight as PiSSA's
+            does, modules_to_save, biases).
     """
     from safetensors.torch import load_file
 
@@ -144,27 +171,33 @@ def load_peft_adapter(folder: str | Path, version: int) -> AdapterUpdate:
         tensors = load_file(weights_path)
     except Exception as fault:
         raise AdapterError(f"PEFT adapter '{folder}' cannot be read: {fault}") from fault
-    refused = {
-        "peft_type": (config.get("peft_type", "LORA") != "LORA", "only LoRA adapters are served"),
-        "use_dora": (bool(config.get("use_dora")), "DoRA needs the norm of the merged weight"),
-        "modules_to_save": (bool(config.get("modules_to_save")), "whole modules cannot be swapped in place"),
-        "bias": (config.get("bias", "none") != "none", "biases are not part of a swap"),
-        "fan_in_fan_out": (bool(config.get("fan_in_fan_out")), "Qwen3 has no transposed linear layers"),
-    }
-    for key, (is_refused, why) in refused.items():
-        if is_refused:
-            raise AdapterError(f"PEFT adapter '{folder}': {key}={config[key]!r} is not supported, {why}")
+    if not isinstance(config, dict) or not {"r", "lora_alpha"} <= config.keys():
+        raise AdapterError(f"PEFT adapter '{folder}': adapter_config.json has no r or no lora_alpha")
+    refused = {key: why for key, why in _REFUSED.items() if config.get(key)}
+    if config.get("peft_type", "LORA") != "LORA":
+        refused["peft_type"] = "only LoRA adapters are served"
+    if config.get("bias", "none") != "none":
+        refused["bias"] = "biases are not part of a swap"
+    if config.get("init_lora_weights", True) not in _PLAIN_STARTS:
+        refused["init_lora_weights"] = "it changed the base weight; save the adapter converted to a plain LoRA"
+    for key, why in refused.items():
+        raise AdapterError(f"PEFT adapter '{folder}': {key}={config[key]!r} is not supported, {why}")
+    try:
+        return AdapterUpdate(version, tensors, _scaling(config, tensors))
+    except (AdapterError, TypeError, re.error) as fault:
+        raise AdapterError(f"PEFT adapter '{folder}': {fault}") from fault
 
+
+def _scaling(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """The scale of every module that has an A, from an adapter_config.json."""
     scaling: dict[str, float] = {}
     for name, tensor in tensors.items():
         match = _TENSOR_NAME.match(name)
-        if match and match[4] == "A":
-            rank = tensor.shape[0]
-            alpha = _pattern_value(config.get("alpha_pattern") or {}, match[1], config["lora_alpha"])
-            expected = int(_pattern_value(config.get("rank_pattern") or {}, match[1], config["r"]))
+        if match and match["half"] == "A":
+            path, rank = match["path"], tensor.shape[0]
+            alpha = _pattern_value(config.get("alpha_pattern") or {}, path, config["lora_alpha"])
+            expected = _pattern_value(config.get("rank_pattern") or {}, path, config["r"])
             if rank != expected:
-                raise AdapterError(
-                    f"PEFT adapter '{folder}': '{name}' has rank {rank}, its configuration says {expected}"
-                )
-            scaling[match[1]] = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return AdapterUpdate(version, tensors, scaling)
+                raise AdapterError(f"'{name}' has rank {rank}, its configuration says {expected}")
+            scaling[path] = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    return scaling

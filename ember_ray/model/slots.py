@@ -74,7 +74,7 @@ class AdapterSlots:
                 f"adapter version {update.version} was used before (highest so far {self._highest}); "
                 "versions are never reused"
             )
-        checked = check_adapter(update, self._config.linear_shapes, self._config.num_hidden_layers)
+        checked = check_adapter(update, self._config.linear_shapes, self._config.num_hidden_layers, self._dtype)
         self._staged = {
             update.version: {
                 index: fuse_lora(checked[index], self._config, self._dtype, self._device)

@@ -57,6 +57,9 @@ BAD = {
     "scale of nothing": (dataclasses.replace(update(), scaling={Q: 1.0, "model.x": 1.0}), "no adapter tensors"),
     "unknown module": (AdapterUpdate(1, {"model.layers.0.mlp.router.lora_A.weight": torch.ones(2, 64)}, {}), "router"),
     "no LoRA tensor": (AdapterUpdate(1, {"lm_head.weight": torch.ones(2, 64)}, {}), "no LoRA A or B"),
+    "linear layer of another block": (
+        AdapterUpdate(1, {"model.layers.0.mlp.q_proj.lora_A.weight": torch.ones(2, 64)}, {}), r"mlp\.q_proj",
+    ),
     "layer outside": (AdapterUpdate(1, {f"{Q.replace('1', '3')}.lora_A.weight": torch.ones(2, 64)}, {}), "3 layers"),
     "version 0": (update(version=0), "never reused"),
 }  # fmt: skip
@@ -115,10 +118,50 @@ def test_peft_folders_that_are_not_served(tmp_path: Path) -> None:
         ({"bias": "all"}, "bias"),
         ({"peft_type": "IA3"}, "only LoRA"),
         ({"r": 8}, "its configuration says 8"),
+        ({"r": "four"}, "its configuration says four"),
+        ({"lora_alpha": "eight"}, "unsupported operand"),
+        ({"rank_pattern": {"q_proj(": 4}}, "unterminated subpattern"),
+        ({"init_lora_weights": "pissa_niter_4"}, "changed the base weight"),
+        ({"init_lora_weights": "olora"}, "changed the base weight"),
+        ({"layer_replication": [[1, 3], [0, 1]]}, "layer_replication"),
+        ({"alora_invocation_tokens": [5]}, "something else"),
+        ({"lora_bias": True}, "biases"),
     ]:
         path.write_text(json.dumps(good | change))
         with pytest.raises(AdapterError, match=says):
             load_peft_adapter(tmp_path / "adapter", 1)
+    path.write_text(json.dumps({key: value for key, value in good.items() if key != "lora_alpha"}))
+    with pytest.raises(AdapterError, match="no lora_alpha"):
+        load_peft_adapter(tmp_path / "adapter", 1)
     path.unlink()
     with pytest.raises(AdapterError, match=r"adapter_config\.json is missing"):
         load_peft_adapter(tmp_path / "adapter", 1)
+
+
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+def test_an_adapter_of_head_or_embedding_is_refused_by_name(module: str, tmp_path: Path) -> None:
+    network = make_qwen3(tmp_path / "model", tie_word_embeddings=False)
+    make_adapter(network, tmp_path / "adapter", r=2, lora_alpha=2, target_modules=["q_proj", module])
+    held = slots(read_model_config(tmp_path / "model"))
+    with pytest.raises(AdapterError, match=f"{module}.* is no LoRA A or B of a Qwen3 linear layer"):
+        held.stage(load_peft_adapter(tmp_path / "adapter", 1))
+    assert held.version == 0 and held.active == {}
+
+
+def test_what_the_serving_dtype_cannot_hold_is_refused(config: Qwen3Config) -> None:
+    large = update(1, A=torch.full((2, 64), 1e5))
+    half = AdapterSlots(config, range(3), torch.float16, "cpu")
+    with pytest.raises(AdapterError, match="NaN or Inf in float16"):
+        half.stage(large)
+    slots(config).stage(large)
+    AdapterSlots(config, range(3), torch.bfloat16, "cpu").stage(large)
+
+
+def test_names_of_a_live_peft_model_mean_the_same(config: Qwen3Config) -> None:
+    held, live = slots(config), update(1)
+    tensors = {name.replace(".weight", ".default.weight"): tensor for name, tensor in live.tensors.items()}
+    held.stage(dataclasses.replace(live, tensors=tensors))
+    bare = {name.removeprefix("base_model.model."): tensor for name, tensor in live.tensors.items()}
+    held.stage(dataclasses.replace(live, tensors=bare))
+    with pytest.raises(AdapterError, match="there twice"):
+        held.stage(dataclasses.replace(live, tensors={**live.tensors, **bare}))

@@ -56,6 +56,16 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "upper-layers": {
         "r": 16, "lora_alpha": 8, "target_modules": ["gate_proj", "q_proj"], "layers_to_transform": [1, 2],
     },
+    "rslora-with-patterns": {
+        "r": 5, "lora_alpha": 3, "use_rslora": True, "target_modules": r".*\.(v_proj|gate_proj|down_proj)",
+        # keys that overlap, the first counts; in order of the alphabet, in which PEFT saves them
+        "rank_pattern": {"^model.layers.1.mlp.down_proj": 1, "gate_proj": 7, r"layers\.[02]\.mlp\..*": 2},
+        "alpha_pattern": {r".*\.0\.self_attn\.v_proj": 1, "down_proj|up_proj": 6, "v_proj": 9},
+    },
+    "one-layer-by-pattern": {
+        "r": 1, "lora_alpha": 4, "target_modules": ["o_proj", "up_proj", "k_proj"], "layers_to_transform": 0,
+        "layers_pattern": "layers",
+    },
 }  # fmt: skip
 
 
