@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 from ember_ray.engine.sequence import FINISH_REASONS, Sequence
 from ember_ray.model.tokenizer import Tokenizer
 
@@ -25,14 +27,21 @@ class StopCheck:
         if token in params.stop_token_ids or (token in self._eos and not params.ignore_eos):
             return _STOP
         if params.stop:
-            # a match that ends in this token began at most so many bytes, hence tokens, before it
-            reach = max(len(text.encode()) for text in params.stop) + 4
-            tail = self._tokenizer.decode([*sequence.token_ids[-reach:], token])
+            tail = self._tokenizer.decode([*self._tail(sequence.token_ids, params.stop), token])
             if any(text in tail for text in params.stop):
                 return _STOP_SEQUENCE
         if len(sequence.token_ids) + 1 >= sequence.max_tokens:
             return _LENGTH
         return 0
+
+    def _tail(self, token_ids: list[int], stops: tuple[str, ...]) -> list[int]:
+        """The newest tokens with text, as many as a match that ends in the next token can reach back.
+
+        A token with text has at least one byte; a character that the cut tears apart has at most four.
+        """
+        reach = max(len(text.encode()) for text in stops) + 4
+        with_text = (token for token in reversed(token_ids) if token not in self._tokenizer.special_ids)
+        return list(islice(with_text, reach))[::-1]
 
     def text(self, sequence: Sequence) -> str:
         """The decoded answer without its stop token and without what follows a stop string, that included."""

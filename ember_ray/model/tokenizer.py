@@ -12,6 +12,9 @@ from ember_ray.model.qwen3_config import ModelError
 class Tokenizer:
     """``tokenizer.json`` for encoding and decoding; transformers is loaded only to render a chat template.
 
+    Attributes:
+        special_ids: tokens that :meth:`decode` leaves out.
+
     Raises:
         ModelError: the folder has no tokenizer.json or it cannot be read.
     """
@@ -27,6 +30,8 @@ class Tokenizer:
             self._fast = FastTokenizer.from_file(str(path))
         except Exception as fault:
             raise ModelError(f"'{path}' cannot be read: {fault}") from fault
+        added = self._fast.get_added_tokens_decoder()
+        self.special_ids = frozenset(number for number, token in added.items() if token.special)
         self._template: Any = None
 
     def encode(self, text: str) -> list[int]:
