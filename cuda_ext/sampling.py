@@ -70,7 +70,8 @@ def filter_logits(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -
     ordered = ordered.masked_fill(ordered < edge, -torch.inf)
     probabilities = ordered.double().softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
-    inside = (before < top_p.double().unsqueeze(-1)) & (ordered > -torch.inf)
+    # the sum may reach 1 before the last token, which top_p = 1 does not leave out
+    inside = ((before < top_p.double().unsqueeze(-1)) | (top_p >= 1).unsqueeze(-1)) & (ordered > -torch.inf)
     last = inside.sum(-1, keepdim=True).clamp(min=1) - 1
     return kept.masked_fill(kept < torch.maximum(edge, ordered.gather(-1, last)), -torch.inf)
 
@@ -87,8 +88,8 @@ def sample(
         draws: [n] float64 in (0, 1).
 
     Returns:
-        tokens [n] int64; logprob [n] float32, under the model at temperature 1; sampling_logprob [n] float32,
-        under the distribution that the token was drawn from (0 for greedy).
+        tokens [n] int64; logprob [n] float32, under the model at temperature 1 (NaN in rows with a logit that is
+        NaN or +inf); sampling_logprob [n] float32, under the distribution that the token was drawn from (0 for greedy).
     """
     logits = logits.float()
     logprobs = logits.log_softmax(-1)
@@ -109,7 +110,8 @@ def sample(
     total = cumulative[:, -1:]
     # u * total may round up to total itself, which no token reaches
     target = torch.minimum(draws.unsqueeze(-1) * total, torch.nextafter(total, torch.zeros_like(total)))
-    tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    # where logits are not finite, no token is found; the log-probability then says so
+    tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
     tokens = torch.where(greedy, logits.argmax(-1), tokens)
     picked = tokens.unsqueeze(-1)
     sampling = torch.where(greedy, 0.0, sampling_logprobs.gather(-1, picked).squeeze(-1))

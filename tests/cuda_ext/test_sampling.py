@@ -136,3 +136,22 @@ def test_the_smallest_and_largest_draw_take_a_likely_token() -> None:
             logits, one, torch.zeros(1, dtype=torch.int64), one, 0 * one, torch.tensor([draw], dtype=torch.float64)
         )
         assert token.item() == 3
+
+
+def test_a_filter_of_one_row_leaves_another_row_whole() -> None:
+    logits = torch.zeros(2, 6)
+    logits[:, 1:] = -60.0  # too little for a sum in float64 to show
+    left = filter_logits(logits, torch.tensor([2, 0]), torch.tensor([0.9, 1.0]), torch.zeros(2))
+    assert torch.equal(left[1], logits[1])
+    assert (left[0] > -torch.inf).tolist() == [True] + [False] * 5
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 0.7])
+def test_logits_that_are_not_finite_are_told_by_the_logprob(bad: float, temperature: float) -> None:
+    logits = torch.randn(3, 8)
+    logits[1, 5] = bad
+    one, none = torch.ones(3), torch.zeros(3, dtype=torch.int64)
+    tokens, logprob, _ = sample(logits, temperature * one, none, one, 0 * one, torch.full((3,), 0.5).double())
+    assert logprob.isnan().tolist() == [False, True, False]
+    assert bool((tokens < 8).all())
