@@ -9,13 +9,14 @@ from hashlib import blake2b
 
 
 def prefix_keys(token_ids: Sequence[int], block_size: int, policy_version: int) -> list[bytes]:
-    """One key for each full block of a prompt; it names all tokens up to the block's end and the policy version.
+    """One key for each block of a prompt; it names all tokens up to the block's end and the policy version.
 
-    A key is a 128-bit digest chained over blocks, so equal keys mean equal prefixes under equal weights.
+    A key is a 128-bit digest chained over blocks, so equal keys mean equal prefixes under equal weights. The last
+    block may be partly filled: its key is that of this very prompt and no longer one.
     """
     keys = []
     parent = blake2b(policy_version.to_bytes(8, "little"), digest_size=16).digest()
-    for start in range(0, len(token_ids) - block_size + 1, block_size):
+    for start in range(0, len(token_ids), block_size):
         block = array("q", token_ids[start : start + block_size]).tobytes()
         parent = blake2b(parent + block, digest_size=16).digest()
         keys.append(parent)

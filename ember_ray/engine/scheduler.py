@@ -72,9 +72,10 @@ class Scheduler:
 
     Args:
         pool: this stage's KV blocks.
-        max_num_seqs: most candidates admitted at once, over all lanes.
+        max_num_seqs: most candidates admitted at once, shared out evenly among the lanes; one a lane at least.
         max_num_batched_tokens: most tokens in a step.
         max_model_len: most tokens of prompt and answer together.
+        vocab_size: token ids of prompts are below it.
         num_lanes: micro-batches in flight; a prompt's candidates all run in one.
     """
 
@@ -85,13 +86,14 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
+        vocab_size: int,
         num_lanes: int = 1,
         prefix_sharing: bool = True,
     ) -> None:
         self.pool, self.block_size, self.num_lanes = pool, block_size, num_lanes
         self.max_num_batched_tokens, self.max_model_len = max_num_batched_tokens, max_model_len
-        self.max_lane_seqs = -(-max_num_seqs // num_lanes)
-        self.prefix_sharing = prefix_sharing
+        self.max_lane_seqs = max(1, max_num_seqs // num_lanes)
+        self.prefix_sharing, self.vocab_size = prefix_sharing, vocab_size
         self.running: list[list[Sequence]] = [[] for _ in range(num_lanes)]
         self.waiting: list[list[Sequence]] = [[] for _ in range(num_lanes)]
         self._by_request: dict[int, list[Sequence]] = {}
@@ -109,6 +111,12 @@ class Scheduler:
         length, name = len(request.prompt_token_ids), f"request '{request.request_id}'"
         if length == 0:
             raise RequestError(f"{name}: the prompt has no tokens")
+        for token in (min(request.prompt_token_ids), max(request.prompt_token_ids)):
+            if not 0 <= token < self.vocab_size:
+                raise RequestError(f"{name}: token id {token} is outside the model's vocabulary of {self.vocab_size}")
+        indices = request.candidate_indices
+        if len(set(indices)) != len(indices) or any(index < 0 for index in indices):
+            raise RequestError(f"{name}: candidate indices must be different and at least 0, not {list(indices)}")
         if length >= self.max_model_len:
             raise RequestError(
                 f"{name}: the prompt has {length} tokens, the context holds {self.max_model_len} with the answer"
@@ -275,7 +283,8 @@ class Scheduler:
             self.recomputed_tokens += last - first
         group.num_computed = last
         group.was_computed = group.was_computed or group.prompt_done
-        for place in range(first // self.block_size, min(last // self.block_size, len(group.keys))):
+        done = len(group.keys) if group.prompt_done else last // self.block_size
+        for place in range(first // self.block_size, min(done, len(group.keys))):
             self.pool.publish(group.block_table[place], group.keys[place])
         return last - first
 
@@ -288,9 +297,10 @@ class Scheduler:
             own = self.blocks_for(max(1, len(sequence.token_ids)))
             hit_tokens = length
             if group.num_admitted == 0:
-                usable = length if group.has_last_hidden else length - 1
-                found = self.pool.lookup(group.keys[: usable // self.block_size])
-                hit_tokens = len(found) * self.block_size
+                # without the hidden state behind it, the last token has to be computed again
+                usable = len(group.keys) if group.has_last_hidden else (length - 1) // self.block_size
+                found = self.pool.lookup(group.keys[:usable])
+                hit_tokens = min(length, len(found) * self.block_size)
                 if budget == 0 and hit_tokens < length:
                     break
                 fresh = self.blocks_for(length) - len(found)

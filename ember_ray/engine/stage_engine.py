@@ -8,6 +8,7 @@ when its next step is due.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from ember_ray.engine.transport import Transport
 from ember_ray.model.lora import AdapterError, AdapterUpdate
 from ember_ray.model.plan import plan_stages, stage_layers
 from ember_ray.model.qwen3 import StageModel
-from ember_ray.model.qwen3_config import read_model_config
+from ember_ray.model.qwen3_config import ModelError, read_model_config
 from ember_ray.model.slots import AdapterSlots
 from ember_ray.model.tokenizer import Tokenizer
 
@@ -91,13 +92,14 @@ class StageEngine:
             config.head_dim,
         )
         self.kv_cache = torch.zeros(shape, dtype=self.dtype, device=options.device)
-        self.num_lanes = options.micro_batches or len(split)
+        self.num_lanes = min(options.micro_batches or len(split), options.max_num_seqs)
         self.scheduler = Scheduler(
             BlockPool(options.num_kv_blocks),
             options.block_size,
             options.max_num_seqs,
             options.max_num_batched_tokens,
             self.max_model_len,
+            config.vocab_size,
             self.num_lanes,
             options.prefix_sharing,
         )
@@ -148,6 +150,7 @@ class StageEngine:
 
         Raises:
             RequestError: a request can never be served; nothing is generated then.
+            ModelError: the model computes NaN or infinite logits; the batch is given up.
             TransportError: a stage was lost; the batch is given up and the engine is empty again.
         """
         if self._is_rolling_out:
@@ -155,7 +158,8 @@ class StageEngine:
         seeds = [self._seed(request) for request in requests]
         self.scheduler.add(requests, seeds, self.policy_version)
         numbers = {request.request_id: number for number, request in enumerate(requests)}
-        self._is_rolling_out = True
+        with self._lock:
+            self._is_rolling_out = True
         try:
             yield from self._loop(numbers)
             self.transport.flush()
@@ -163,16 +167,21 @@ class StageEngine:
             self.scheduler.pool.forget()  # a step may have been planned, and its blocks published, but not computed
             raise
         finally:
-            self._is_rolling_out = False
             self.scheduler.clear()
             self._last_hidden.clear()
             with self._lock:
+                self._is_rolling_out = False
                 self._aborts.clear()
 
     def abort(self, request_id: str) -> None:
-        """Ends a request of the running batch with what it has; call it on the last stage, from any thread."""
+        """Ends a request of the running batch with what it has; call it on the last stage, from any thread.
+
+        Between batches, and for a request that is not in the batch or has ended, it does nothing: a later batch may
+        use the same id.
+        """
         with self._lock:
-            self._aborts.append(request_id)
+            if self._is_rolling_out and request_id not in self._aborts:
+                self._aborts.append(request_id)
 
     def counters(self) -> dict[str, float]:
         """Totals since the start, and what is in use now.
@@ -304,6 +313,11 @@ class StageEngine:
                 draws,
             )
         )
+        if not all(map(math.isfinite, logprobs)):
+            raise ModelError(
+                f"model folder '{self.options.model}': policy version {self.policy_version} gives logits that are not "
+                f"finite in {self.options.dtype}; use a wider dtype, or go back to an earlier version"
+            )
         for sequence, logprob, sampling_logprob in zip(samples, logprobs, sampling_logprobs, strict=True):
             sequence.logprobs.append(logprob)
             sequence.sampling_logprobs.append(sampling_logprob)

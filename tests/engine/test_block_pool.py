@@ -19,7 +19,7 @@ def test_keys_are_equal_exactly_where_prefix_and_version_are(
     a: list[int], b: list[int], size: int, version_a: int, version_b: int
 ) -> None:
     keys_a, keys_b = prefix_keys(a, size, version_a), prefix_keys(b, size, version_b)
-    assert len(keys_a) == len(a) // size
+    assert len(keys_a) == -(-len(a) // size)
     for place, (one, other) in enumerate(zip(keys_a, keys_b, strict=False)):
         end = (place + 1) * size
         assert (one == other) == (version_a == version_b and a[:end] == b[:end])

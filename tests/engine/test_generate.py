@@ -15,6 +15,7 @@ from ember_ray.engine.request import GenerationRequest, RequestOutput
 from ember_ray.engine.sampling_params import SamplingParams
 from ember_ray.engine.scheduler import RequestError
 from ember_ray.model.lora import AdapterError, AdapterUpdate, load_peft_adapter
+from ember_ray.model.qwen3_config import ModelError
 from tests.support.peft_adapters import make_adapter
 from tests.support.qwen3 import EOS, all_logits, make_qwen3, random_prompts, stage_model
 
@@ -194,6 +195,80 @@ def test_an_aborted_request_ends_with_what_it_has_and_disturbs_nobody(folder: Pa
     assert llm.engine.counters()["kv_blocks_used"] == 0
 
 
+def test_an_abort_between_batches_does_not_reach_the_next_one(folder: Path) -> None:
+    llm = engine(folder)
+    prompts = random_prompts([20])
+    expected = tokens(llm.generate(prompts, 2, FREE))
+    llm.engine.abort("0")  # too late for the batch that was; the next one uses the same id
+    outputs = llm.generate(prompts, 2, FREE)
+    assert {c.finish_reason for c in outputs[0].candidates} == {"length"} and tokens(outputs) == expected
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_candidates_aborted_before_they_began_have_no_tokens(folder: Path, lanes: int) -> None:
+    """Two places only, so most of what is aborted still waits; more aborts at once than a step has room for."""
+    llm = engine(folder, max_num_seqs=2, micro_batches=lanes)
+    prompts = random_prompts([8, 9, 10, 11, 12, 13, 14])
+    requests = [GenerationRequest(f"r{n}", p, (0, 1), FREE) for n, p in enumerate(prompts)]
+    first = GenerationRequest("first", prompts[0][:5], (0, 1), dataclasses.replace(FREE, max_tokens=2))
+    made = []
+    for ended in llm.engine.rollout([first, *requests]):
+        made += ended
+        if len(made) == len(ended):
+            for number in range(6):
+                llm.engine.abort(f"r{number}")
+                llm.engine.abort(f"r{number}")
+    by_name = {(c.request_id, c.index): c for c in made}
+    assert len(made) == len(by_name) == 16
+    assert {by_name["r6", index].finish_reason for index in (0, 1)} == {"length"}
+    aborted = [c for c in made if c.finish_reason == "abort"]
+    assert len(aborted) == 12 and sum(c.token_ids == [] for c in aborted) >= 6
+    assert all(len(c.token_ids) == len(c.logprobs) == len(c.sampling_logprobs) for c in made)
+    assert all(c.text == "" for c in aborted if not c.token_ids)
+    assert llm.engine.counters()["generated_tokens"] == sum(len(c.token_ids) for c in made)
+    assert llm.engine.counters()["requests_waiting"] == 0
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**64 + 5, -(2**200)])
+def test_any_whole_number_is_a_seed(folder: Path, seed: int) -> None:
+    params = dataclasses.replace(FREE, seed=seed, max_tokens=8)
+    prompts = random_prompts([9])
+    assert tokens(engine(folder).generate(prompts, 3, params)) == tokens(engine(folder).generate(prompts, 3, params))
+    other = dataclasses.replace(params, seed=seed + 1)
+    assert tokens(engine(folder).generate(prompts, 3, params)) != tokens(engine(folder).generate(prompts, 3, other))
+
+
+def test_frequencies_of_the_engine_fit_the_model(folder: Path) -> None:
+    """20,000 first tokens of one prompt against the softmax of the model's logits (Pearson's chi-square)."""
+    count = 20_000
+    llm = engine(folder, max_num_seqs=4096, max_num_batched_tokens=4096, num_kv_blocks=5000)
+    (prompt,) = random_prompts([12])
+    params = SamplingParams(temperature=1.4, max_tokens=1, seed=5)
+    drawn = [c.token_ids[0] for c in llm.generate([prompt], count, params)[0].candidates]
+    counts = torch.bincount(torch.tensor(drawn), minlength=300).double()
+    expected = count * (all_logits(stage_model(folder)[1], prompt)[-1].double() / 1.4).softmax(-1)
+    likely = expected >= 5
+    counts, expected = (torch.cat((t[likely], t[~likely].sum()[None])) for t in (counts, expected))
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    assert torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2).double(), statistic / 2) > 1e-4
+    assert llm.engine.counters()["prefill_tokens"] == 12
+
+
+def test_logits_that_are_not_finite_are_an_error_that_names_the_policy(folder: Path) -> None:
+    llm = engine(folder, dtype="float16")
+    shape = llm.engine.config.linear_shapes["down_proj"]
+    name = "model.layers.1.mlp.down_proj"
+    tensors = {
+        f"{name}.lora_A.weight": torch.full((1, shape[1]), 6e4),
+        f"{name}.lora_B.weight": torch.full((shape[0], 1), 6e4),
+    }
+    llm.publish(AdapterUpdate(1, tensors, {name: 1.0}))
+    with pytest.raises(ModelError, match="version 1 gives logits that are not finite in float16"):
+        llm.generate(random_prompts([9]), 1, FREE)
+    llm.rollback(0)
+    assert llm.generate(random_prompts([9]), 1, FREE)[0].candidates[0].finish_reason == "length"
+
+
 def test_a_rollout_left_half_way_leaves_a_clean_engine(folder: Path) -> None:
     prompts = random_prompts([20, 30])
     llm = engine(folder)
@@ -216,6 +291,8 @@ def test_answers_end_at_the_context_and_too_long_prompts_are_refused(folder: Pat
     llm = engine(folder, max_model_len=40)
     candidate = llm.generate(random_prompts([30]), 1, FREE)[0].candidates[0]
     assert candidate.finish_reason == "length" and len(candidate.token_ids) == 10
+    candidate = llm.generate(random_prompts([39]), 1, FREE)[0].candidates[0]
+    assert candidate.finish_reason == "length" and len(candidate.token_ids) == 1
     with pytest.raises(RequestError, match="40 tokens, the context holds 40"):
         llm.generate(random_prompts([30, 40]), 1, FREE)
     with pytest.raises(RequestError, match="KV blocks"):

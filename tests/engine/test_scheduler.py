@@ -15,6 +15,7 @@ from ember_ray.engine.sampling_params import SamplingParams
 from ember_ray.engine.scheduler import RequestError, Scheduler, StepPlan
 
 MAX_LEN = 48
+VOCAB = 100
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,14 @@ def loads(draw: st.DrawFn) -> Load:
 
 def make(load: Load, **changes: bool) -> Scheduler:
     scheduler = Scheduler(
-        BlockPool(load.num_blocks), load.block_size, load.max_num_seqs, load.budget, MAX_LEN, load.lanes, **changes
+        BlockPool(load.num_blocks),
+        load.block_size,
+        load.max_num_seqs,
+        load.budget,
+        MAX_LEN,
+        VOCAB,
+        load.lanes,
+        **changes,
     )
     scheduler.add(load.requests, [0] * len(load.requests), 1)
     return scheduler
@@ -110,7 +118,7 @@ def drive(load: Load, scheduler: Scheduler, seed: int, abort: str | None = None)
                 log += [f"{s.request_id}.{s.index} {s.token_ids} {s.finish_code}" for s in ended]
             plan = scheduler.schedule(lane)
             assert plan.num_tokens <= load.budget
-            assert len(scheduler.running[lane]) <= scheduler.max_lane_seqs
+            assert sum(map(len, scheduler.running)) <= max(load.max_num_seqs, load.lanes)
             if not plan.is_empty:
                 moved = True
                 computed += memory.run(plan)
@@ -174,6 +182,16 @@ def test_equal_prompts_of_different_requests_are_computed_once() -> None:
     assert computed == 10 and scheduler.prefix_hit_tokens == 10
 
 
+@pytest.mark.parametrize("prompt", [3, 8, 10])
+def test_candidates_that_come_when_all_others_have_gone_need_no_second_pass(prompt: int) -> None:
+    """Two at a time, each wave of the same length, so that between waves nobody holds the prompt's blocks."""
+    params = SamplingParams(max_tokens=1)
+    load = Load((GenerationRequest("r0", tuple(range(prompt)), tuple(range(7)), params),), 4, 50, 2, 100, 1)
+    scheduler = make(load)
+    _, computed = drive(load, scheduler, 0)
+    assert computed == prompt and scheduler.prefix_hit_tokens == 6 * prompt
+
+
 @pytest.mark.parametrize(
     ("bad", "says"),
     [
@@ -181,10 +199,14 @@ def test_equal_prompts_of_different_requests_are_computed_once() -> None:
         ([request(48, 1)], "48 tokens, the context holds 48"),
         ([request(40, 4)], "need 11 KV blocks of 4, the engine has 10"),
         ([request(4, 4), request(5, 4)], "'a' is in the batch twice"),
+        ([GenerationRequest("a", (1, 100), (0,), SamplingParams())], "token id 100 is outside .* vocabulary of 100"),
+        ([GenerationRequest("a", (1, -1), (0,), SamplingParams())], "token id -1 is outside"),
+        ([GenerationRequest("a", (1,), (0, 2, 0), SamplingParams())], r"must be different .* not \[0, 2, 0\]"),
+        ([GenerationRequest("a", (1,), (-1,), SamplingParams())], "at least 0"),
     ],
 )
 def test_what_can_never_be_served_is_refused_whole(bad: list[GenerationRequest], says: str) -> None:
-    scheduler = Scheduler(BlockPool(10), 4, 8, 100, MAX_LEN)
+    scheduler = Scheduler(BlockPool(10), 4, 8, 100, MAX_LEN, VOCAB)
     with pytest.raises(RequestError, match=says):
         scheduler.add([request(4, 4, "good"), *bad], [0] * (1 + len(bad)), 0)
     assert not scheduler.has_work

@@ -81,6 +81,39 @@ def test_stages_make_equal_tokens(
         assert len(pipeline.engines[-1].scheduler.running) == options.get("micro_batches", len(split))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_stages_of_half_precision_make_equal_tokens(dtype: str, folder: Path) -> None:
+    """Equal lanes make equal batches, and then nothing may be lost between the stages."""
+    made = []
+    for split in ((3,), (1, 2), (1, 1, 1)):
+        with Pipeline(EngineOptions(str(folder), dtype=dtype, micro_batches=2), split) as pipeline:
+            made.append({n: (c.token_ids, c.logprobs) for n, c in pipeline.rollout(requests()).items()})
+    assert made[0] == made[1] == made[2]
+
+
+def test_all_stages_work_at_once(folder: Path) -> None:
+    """While stage 0 waits for the results of a step, another of its steps is with stage 1."""
+    with Pipeline(EngineOptions(str(folder), micro_batches=2), (1, 2)) as pipeline:
+        transport = pipeline.engines[0].transport
+        in_flight, seen = 0, []
+        send, receive = transport.send, transport.receive
+
+        def sent(*arguments: Any) -> None:
+            nonlocal in_flight
+            in_flight += 1
+            send(*arguments)
+
+        def received(*arguments: Any) -> Any:
+            nonlocal in_flight
+            seen.append(in_flight)
+            in_flight -= 1
+            return receive(*arguments)
+
+        transport.send, transport.receive = sent, received
+        pipeline.rollout(requests(params=dataclasses.replace(PARAMS, ignore_eos=True)))
+    assert seen.count(2) > 0.9 * len(seen)
+
+
 def test_an_abort_reaches_all_stages(folder: Path, expected: list) -> None:
     long = dataclasses.replace(PARAMS, max_tokens=400, ignore_eos=True)
     with Pipeline(EngineOptions(str(folder), max_num_seqs=6, micro_batches=2), (1, 2)) as pipeline:
