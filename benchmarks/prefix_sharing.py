@@ -109,6 +109,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     count, new = options.candidates, options.new_tokens
+    commit = git_state()[0]
     work = {"prompts": options.prompts, "n": count, "prompt": options.prompt_tokens, "gen": new}
     with tempfile.TemporaryDirectory() as folder:
         for name, model in (("shipped", tiny_model_path()), ("random-5M", random_model(Path(folder)))):
@@ -145,7 +146,7 @@ def main() -> None:
                        "dtype": "float32", "seconds": round(median, 3), "seconds_min": round(min(times), 3),
                        "seconds_max": round(max(times), 3), "gen_tok_s": round(options.prompts * count * new / median),
                        "prefill_tokens": prefill.get(engine), "ratio_to_ember": round(median / base, 3),
-                       "ember_ratio": round(base / median, 3), "git_commit": git_state()[0]}  # fmt: skip
+                       "ember_ratio": round(base / median, 3), "git_commit": commit}  # fmt: skip
                 print(json.dumps(row), flush=True)
 
 
