@@ -80,8 +80,10 @@ class DpoRun:
         result = session.rollout(rows, config.rollout.num_candidates, sampling_params(config), number, "rollout")
         learnt = session.call("learning", learner.learn.remote(result.groups))
         session.call("saving", learner.save_adapter.remote(self.folder.adapter_path))
+        publishing = time.monotonic()
         if config.rollout.publish and learnt["pairs"]:
             session.publish(learner.adapter_update.remote(number))
+        publishing = time.monotonic() - publishing
 
         stats = result.stats
         metrics = rollout_metrics(result.groups) | learnt
@@ -99,6 +101,7 @@ class DpoRun:
             "seconds/rollout": stats.seconds_generating,
             "seconds/verifying": stats.seconds_verifying,
             "seconds/learning": learnt["seconds"],
+            "seconds/publishing": publishing,
             "seconds/round": time.monotonic() - start,
         }
         self.rounds_done = number

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -95,8 +96,14 @@ class Session:
             def show(progress: Progress) -> None:
                 if progress.candidates_total == phase.total:
                     self.console.advance(progress.candidates_scored - phase.done)
-                    reward = {} if progress.reward_mean is None else {"reward": progress.reward_mean}
-                    self.console.update({"policy_version": progress.policy_version, **reward})
+                    seconds = time.monotonic() - phase.started
+                    numbers = {
+                        "policy_version": progress.policy_version,
+                        "tokens_per_second": progress.generated_tokens / seconds,
+                    }
+                    if progress.reward_mean is not None:
+                        numbers["reward"] = progress.reward_mean
+                    self.console.update(numbers)
 
             result = self._rollouts.rollout(rows, num_candidates, params, round_number, show)
         self.totals = _added(self.totals, result.stats)
