@@ -76,10 +76,6 @@ class LearnerActor:
         assert self._made is not None
         return self._made
 
-    def ping(self) -> bool:
-        """Answers, so one knows that it lives."""
-        return True
-
     def learn(self, batch: Sequence[ScoredGroup] | Sequence[PreferencePair]) -> dict[str, float]:
         """One round, on scored groups (of which it makes the pairs) or on pairs made elsewhere.
 

@@ -25,7 +25,6 @@ class StagePlace:
     address: str
     free_port: int
     cores: int
-    pid: int
 
 
 # Work runs in the default group, one thread, one call after the other; the group "control" answers meanwhile.
@@ -51,9 +50,7 @@ class StageActor:
             probe.bind(("", 0))
             port = probe.getsockname()[1]
         context = ray.get_runtime_context()
-        return StagePlace(
-            context.get_node_id(), ray.util.get_node_ip_address(), port, len(os.sched_getaffinity(0)), os.getpid()
-        )
+        return StagePlace(context.get_node_id(), ray.util.get_node_ip_address(), port, len(os.sched_getaffinity(0)))
 
     def setup(
         self, options: EngineOptions, master_addr: str, master_port: int, transport_limit_s: float, threads: int

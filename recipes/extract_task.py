@@ -12,7 +12,8 @@ from ember_ray.data.extraction import generate_examples
 from ember_ray.data.jsonl import load_jsonl
 from ember_ray.engine.options import EngineOptions
 from ember_ray.engine.sampling_params import SamplingParams
-from ember_ray.model.plan import plan_stages, read_model_config, stage_bytes
+from ember_ray.model.plan import plan_stages, stage_bytes
+from ember_ray.model.qwen3_config import read_model_config
 from ember_ray.model.tokenizer import Tokenizer
 from verifiers.json_extraction import RewardDesign, check_gold
 

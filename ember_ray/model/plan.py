@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from ember_ray.model.qwen3_config import Qwen3Config, read_model_config
-
-__all__ = ["plan_stages", "read_model_config", "stage_bytes", "stage_layers"]
+from ember_ray.model.qwen3_config import Qwen3Config
 
 BYTES_PER_ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -71,8 +69,3 @@ def stage_bytes(config: Qwen3Config, split: Sequence[int], dtype: str) -> list[i
                 count += table
         sizes.append(count * element)
     return sizes
-
-
-def kv_block_bytes(config: Qwen3Config, layers: int, block_size: int, dtype: str) -> int:
-    """Bytes of one KV block on a stage of that many layers."""
-    return 2 * layers * block_size * config.num_key_value_heads * config.head_dim * BYTES_PER_ELEMENT[dtype]

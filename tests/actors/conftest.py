@@ -69,7 +69,7 @@ def make_update(tiny_model: str):
     import torch
 
     from ember_ray.model.lora import AdapterUpdate
-    from ember_ray.model.plan import read_model_config
+    from ember_ray.model.qwen3_config import read_model_config
 
     config = read_model_config(tiny_model)
 
