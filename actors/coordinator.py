@@ -26,7 +26,9 @@ class CoordinatorMetrics:
     def __init__(self, run: str) -> None:
         from ray.util.metrics import Counter, Gauge
 
-        self._reward = Gauge("ember_reward", description="mean reward of the last rollout", tag_keys=("run",))
+        self._reward = Gauge(
+            "ember_reward", description="mean reward of the rollout, so far or of the last one", tag_keys=("run",)
+        )
         self._queue = Gauge("ember_verifier_queue", description="candidates without a verdict", tag_keys=("run",))
         self._candidates = Counter("ember_candidates_total", description="candidates scored", tag_keys=("run",))
         self._recoveries = Counter("ember_recoveries_total", description="stage groups made anew", tag_keys=("run",))
@@ -41,6 +43,10 @@ class CoordinatorMetrics:
 
     def ended(self, result: RolloutResult) -> None:
         """After a rollout."""
+        rewards = [scored.reward for group in result.groups for scored in group.candidates if scored.reward is not None]
+        if rewards:
+            self._reward.set(sum(rewards) / len(rewards))
+        self._queue.set(0)
         self._candidates.inc(result.stats.candidates)
         if result.stats.recoveries:
             self._recoveries.inc(result.stats.recoveries)
@@ -57,6 +63,7 @@ class Coordinator:
         self._server = PolicyServer(Pipeline(settings, placement), settings.limits.failures)
         self._metrics = CoordinatorMetrics(placement.run)
         self._progress = Progress()
+        self._rollout: Rollout | None = None
         self._told = 0.0
 
     def start(self) -> None:
@@ -93,9 +100,11 @@ class Coordinator:
         if self._pool is None:
             raise RuntimeError("the coordinator is not started")
         requests = build_requests(rows, num_candidates, sampling_params, self._settings.seed, round_number)
+        self._rollout = Rollout(self._server, self._pool, rows, requests, self._report)
         try:
-            result = Rollout(self._server, self._pool, rows, requests, self._report).run()
+            result = self._rollout.run()
         finally:
+            self._rollout = None
             self._rest()
         self._metrics.ended(result)
         return result
@@ -165,8 +174,10 @@ class Coordinator:
 
     @ray.method(concurrency_group="watch")
     def abort(self, request_id: str) -> None:
-        """Ends a request of the running rollout; its candidates come back with finish reason ``abort``."""
-        self._server.pipeline.abort(request_id)
+        """Ends a request of the running rollout; what it lacks comes back with finish reason ``abort``."""
+        rollout = self._rollout
+        if rollout is not None:
+            rollout.abort(request_id)
 
     def _report(self, progress: Progress) -> None:
         self._progress = progress

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from ember_ray.engine.sampling_params import SamplingParams
 
 WATCH_S = 2.0
-"""How often the stages are looked at while nothing comes from them."""
+"""How often the stages are looked at while a batch runs."""
+
+ABORT_S = 0.2
+"""How often the stages are told again of a request that is to end."""
 
 COUNTED = ("prefill_tokens", "prefix_hit_tokens", "preemptions")
 
@@ -95,6 +98,8 @@ class Rollout:
         self._scored: dict[tuple[str, int], ScoredCandidate] = {}
         self._tokens, self._reward_sum, self._reward_count = 0, 0.0, 0
         self._counters: dict[str, float] = {}
+        self._aborts: set[str] = set()
+        self._next_aborts = 0.0
         self._phase = "generating"
         self.stats = RolloutStats(policy_version=server.official)
 
@@ -131,6 +136,19 @@ class Rollout:
         self.stats.verifier_failures = sum(scored.reward is None for scored in self._scored.values())
         self.stats.recoveries = self._server.recoveries - recoveries
         return RolloutResult(self._groups(), self.stats)
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request with what it has, also one that has not begun; from any thread."""
+        self._aborts.add(request_id)
+        self._server.pipeline.abort(request_id)
+
+    def _repeat_aborts(self) -> None:
+        """Stages hear nothing before they begin the batch, and what they heard is lost with them."""
+        now = time.monotonic()
+        if self._aborts and now >= self._next_aborts:
+            self._next_aborts = now + ABORT_S
+            for request_id in self._aborts & {name for name, _ in self._missing}:
+                self._server.pipeline.abort(request_id)
 
     def _generate(self) -> None:
         """Asks the stages for what is missing, until it has come or they are lost."""
@@ -170,7 +188,8 @@ class Rollout:
         import ray
 
         waitables = [*(batch.waitables if batch else ()), *self._pool.waitables]
-        ready, _ = ray.wait(waitables, num_returns=1, timeout=0.5)
+        self._repeat_aborts()
+        ready, _ = ray.wait(waitables, num_returns=1, timeout=ABORT_S if self._aborts else 0.5)
         if len(waitables) > 1 and ready:
             ready, _ = ray.wait(waitables, num_returns=len(waitables), timeout=0)
         self._score(self._pool.take(ready))

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from actors.adapter_wire import PackedAdapter
     from ember_ray.engine.options import EngineOptions
     from ember_ray.engine.request import Candidate, GenerationRequest
+    from ember_ray.engine.stage_engine import StageEngine
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class StageActor:
 
     def __init__(self, stage: int, num_stages: int, run: str) -> None:
         self._stage, self._num_stages, self._run = stage, num_stages, run
-        self._engine: Any = None
+        self._made: StageEngine | None = None
         self._transport: Any = None
         self._ended = threading.Event()
 
@@ -74,9 +75,15 @@ class StageActor:
             self._transport = ProcessGroupTransport(
                 self._stage, self._num_stages, master_addr, master_port, transport_limit_s
             )
-        self._engine = StageEngine(options, self._stage, self._transport)
+        self._made = StageEngine(options, self._stage, self._transport)
         metrics = StageMetrics(self._stage, self._run)
-        threading.Thread(target=metrics.run, args=(self._engine, self._ended), name="metrics", daemon=True).start()
+        threading.Thread(target=metrics.run, args=(self._made, self._ended), name="metrics", daemon=True).start()
+
+    @property
+    def _engine(self) -> StageEngine:
+        if self._made is None:
+            raise RuntimeError(f"stage {self._stage} has not been set up yet")
+        return self._made
 
     @ray.method(num_returns="streaming")
     def rollout(self, requests: list[GenerationRequest]) -> Iterator[list[Candidate]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -84,8 +85,8 @@ class VerifierActor:
             try:
                 found = verify(item.text, gold=item.gold, schema=item.schema, **self._settings.settings)
                 reward = float(found.reward)
-                if reward != reward:
-                    raise ValueError("the reward is NaN")
+                if not math.isfinite(reward):
+                    raise ValueError(f"the reward is {reward}")
                 verdict = Verdict(item.key, reward, dict(found.components), found.reason)
             except Exception as fault:
                 reason = f"the verifier failed: {type(fault).__name__}: {first_line(fault)}"

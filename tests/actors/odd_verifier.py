@@ -29,4 +29,6 @@ def verify(text: str, gold: str, schema: dict | None, reward: float = 1.0) -> Fo
             os._exit(1)
     if gold == "slow":
         time.sleep(0.2)
-    return Found(float("nan") if gold == "nan" else reward, {"length": float(len(text))}, None)
+    if gold in ("nan", "inf"):
+        reward = float(gold)
+    return Found(reward, {"length": float(len(text))}, None)

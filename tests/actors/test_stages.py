@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import signal
 import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
+import psutil
 import pytest
 
 from actors import cluster as clusters
-from actors.messages import Progress
+from actors.messages import Progress, VerifierSettings
 from actors.rollouts import Rollouts
 from ember_ray.engine.sampling_params import SamplingParams
 from ember_ray.model.lora import AdapterError
@@ -26,12 +29,13 @@ LONG = SamplingParams(max_tokens=300, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[clusters.Cluster]:
-    import psutil
     import ray
 
     before = {child.pid for child in psutil.Process().children(recursive=True)}
-    with clusters.start(2, run="test") as made:
-        yield made
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # for the odd verifier
+        with clusters.start(2, run="test") as made:
+            yield made
     assert not ray.is_initialized()
     assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
 
@@ -128,6 +132,28 @@ def test_an_aborted_request_ends_alone(rollouts, make_rows) -> None:
     assert reasons == [["length"] * 2, ["abort"] * 2, ["length"] * 2]
 
 
+def test_an_abort_is_not_lost_with_the_stages(rollouts, make_rows) -> None:
+    """Asked for while the stages are being made anew: they come up, begin the batch again, and are told then."""
+    victim = rollouts.stage_processes()[0][1]
+    asked = threading.Event()
+
+    def harm(progress: Progress) -> None:
+        if progress.phase == "generating" and progress.recoveries == before and psutil.pid_exists(victim):
+            os.kill(victim, signal.SIGKILL)
+        if progress.phase == "recovering" and not asked.is_set():
+            asked.set()
+            rollouts.abort("row-1")
+
+    before = rollouts.progress().recoveries
+    result = rollouts.rollout(make_rows(3), 2, LONG, 0, harm)
+    assert asked.is_set() and result.stats.recoveries == 1
+    reasons = [[scored.candidate.finish_reason for scored in group.candidates] for group in result.groups]
+    assert reasons == [["length"] * 2, ["abort"] * 2, ["length"] * 2]
+    # and the next rollout has the same ids
+    again = rollouts.rollout(make_rows(3), 2, SHORT, 0)
+    assert not any(scored.candidate.finish_reason == "abort" for group in again.groups for scored in group.candidates)
+
+
 def test_a_published_adapter_changes_the_tokens_and_rolls_back_exactly(
     rollouts, make_rows, make_update, tokens_of, expected
 ) -> None:
@@ -202,7 +228,6 @@ def test_a_request_that_can_never_be_served_is_an_error_and_not_a_loss(rollouts,
 
 
 def test_metrics_and_names_are_there_for_the_dashboard(rollouts, make_rows) -> None:
-    import ray
     from ray.util import list_named_actors
 
     rollouts.rollout(make_rows(4), 2, SHORT, 0)
@@ -212,6 +237,7 @@ def test_metrics_and_names_are_there_for_the_dashboard(rollouts, make_rows) -> N
         "ember-stage-1",
         "ember-verifier-0",
     ]
+    totals = ("generated_tokens_total", "prefill_tokens_total", "prefix_hit_tokens_total")
     wanted = {
         "kv_blocks_used",
         "kv_blocks_total",
@@ -220,29 +246,56 @@ def test_metrics_and_names_are_there_for_the_dashboard(rollouts, make_rows) -> N
         "requests_running",
         "requests_waiting",
         "policy_version",
+        *totals,
     }
-    node = ray.nodes()[0]
-    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}"
+    values: dict[str, set[float]] = {}
     missing = ["not read"]
     end = time.monotonic() + 30
     while missing and time.monotonic() < end:
-        text = urllib.request.urlopen(address, timeout=5).read().decode()
-        lines = [line for line in text.splitlines() if line.startswith("ray_ember_")]
-        missing = [
-            f"{name} {stage}"
-            for name in wanted
-            for stage in "01"
-            if not any(line.startswith(f"ray_ember_{name}{{") and f'stage="{stage}"' in line for line in lines)
-        ]
-        missing += [name for name in ("reward", "verifier_queue") if f"ray_ember_{name}{{" not in text]
+        values = metrics()
+        missing = [f"{name} {stage}" for name in wanted for stage in "01" if f"{name} {stage}" not in values]
+        missing += [name for name in ("reward", "verifier_queue", "candidates_total") if name not in values]
         time.sleep(0.5)
     assert not missing
+    assert values["kv_blocks_total 0"] == {1024} and all(0 <= rate < 1 for rate in values["prefix_hit_rate 1"])
+    assert set(rollouts.versions()) >= values["policy_version 0"] | values["policy_version 1"]
 
 
-def test_a_missing_model_and_an_unknown_verifier_are_errors_at_the_start(rollouts, cluster, make_settings) -> None:
-    from actors.messages import VerifierSettings
+def metrics() -> dict[str, set[float]]:
+    """Our metrics as the node exports them: name, with the stage where there is one, to the values of all processes.
 
+    Ray goes on for a while with the last values of a process that has died.
+    """
+    import ray
+
+    node = ray.nodes()[0]
+    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}"
+    found: dict[str, set[float]] = {}
+    for line in urllib.request.urlopen(address, timeout=5).read().decode().splitlines():
+        match = re.match(r"ray_ember_(\w+)\{(.*)\} (\S+)$", line)
+        if match:
+            stage = re.search(r'stage="(\d)"', match[2])
+            found.setdefault(f"{match[1]} {stage[1]}" if stage else match[1], set()).add(float(match[3]))
+    return found
+
+
+def test_the_reward_that_is_left_is_that_of_the_whole_rollout(rollouts, cluster, make_settings, make_rows) -> None:
     rollouts.stop()
+    odd = VerifierSettings("odd_verifier:verify", {"reward": 0.75})
+    made = Rollouts(cluster, make_settings((4,), verifier=odd))
+    made.ready()
+    rows = make_rows(4, gold="good")
+    rows[0] = dataclasses.replace(rows[0], example=dataclasses.replace(rows[0].example, gold="fail"))
+    result = made.rollout(rows, 2, SHORT, 0)
+    assert result.stats.verifier_failures == 2
+    end = time.monotonic() + 30
+    while 0.75 not in (values := metrics()).get("reward", ()) and time.monotonic() < end:
+        time.sleep(0.5)
+    assert 0.75 in values["reward"] and 0 in values["verifier_queue"]
+    made.stop()
+
+
+def test_a_missing_model_and_an_unknown_verifier_are_errors_at_the_start(cluster, make_settings) -> None:
     settings = make_settings((1, 3))
     missing = dataclasses.replace(settings, engine=dataclasses.replace(settings.engine, model="/no/such/model"))
     unknown = dataclasses.replace(settings, verifier=VerifierSettings("nonsense"))

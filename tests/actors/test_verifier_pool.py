@@ -94,10 +94,11 @@ class TestPool:
 
     def test_failures_cost_one_candidate_each(self, make_pool) -> None:
         pool = make_pool()
-        pool.submit(items(["good", "fail", "good", "nan", "good"]))
-        found = collect(pool, 5)
-        assert [found[place].reward for place in range(5)] == [1.0, None, 1.0, None, 1.0]
-        assert "KeyError" in str(found[1].reason) and "NaN" in str(found[3].reason)
+        pool.submit(items(["good", "fail", "good", "nan", "inf", "good"]))
+        found = collect(pool, 6)
+        assert [found[place].reward for place in range(6)] == [1.0, None, 1.0, None, None, 1.0]
+        assert "KeyError" in str(found[1].reason)
+        assert "reward is nan" in str(found[3].reason) and "reward is inf" in str(found[4].reason)
         assert pool.replaced == 0
 
     def test_a_verifier_that_hangs_is_cut_off(self, make_pool) -> None:
