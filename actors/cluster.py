@@ -207,10 +207,14 @@ def _reserve(stages: int, cpus: float, gpus: float, strategy: str, nodes: list[d
 
 
 def _fits(stages: int, bundle: dict[str, float], strategy: str, have: list[dict[str, float]]) -> bool:
-    """Whether the bundles could be placed on nodes that do nothing else."""
-    room = [
-        min(int(node[name] / amount + 1e-6) if amount else stages for name, amount in bundle.items()) for node in have
-    ]
+    """Whether the bundles could be placed on nodes that do nothing else; no part of a GPU is of another GPU."""
+
+    def places(name: str, offered: float, amount: float) -> int:
+        if name == "GPU" and 0 < amount < 1:
+            return int(offered) * int(1 / amount + 1e-6)
+        return int(offered / amount + 1e-6) if amount else stages
+
+    room = [min(places(name, node[name], amount) for name, amount in bundle.items()) for node in have]
     if strategy == "STRICT_PACK":
         return max(room, default=0) >= stages
     if strategy == "STRICT_SPREAD":

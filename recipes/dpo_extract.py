@@ -56,7 +56,7 @@ class DpoRun:
     def run(self) -> None:
         config, console = self.config, self.console
         steps_a_round = math.ceil(
-            config.rollout.prompts_per_round
+            min(config.rollout.prompts_per_round, len(self.train))
             * config.dpo.pairs_per_prompt
             / (config.dpo.per_device_train_batch_size * config.dpo.gradient_accumulation_steps)
         )

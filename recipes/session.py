@@ -26,6 +26,11 @@ from ember_ray.engine.sampling_params import SamplingParams
 from ember_ray.tracking.console import Console
 from recipes.extract_task import engine_options, model_path, reward_design
 
+STAGE_GPU, LEARNER_GPU = 0.75, 0.25
+"""Shares of a GPU, if the model is to be on one. No two stages get the same GPU, and the learner fits beside a stage,
+so one GPU is enough for a run. Ray counts the shares and sets no limit: both must fit into the GPU's memory together.
+"""
+
 
 class Session:
     """A started Ray with a coordinator; use as a context manager, so that nothing of it is left.
@@ -49,7 +54,7 @@ class Session:
                 address=config.ray.address,
                 run=config.name,
                 strategy=config.ray.placement_strategy,
-                gpus_per_stage=1.0 if config.model.device == "cuda" else 0.0,
+                gpus_per_stage=STAGE_GPU if config.model.device == "cuda" else 0.0,
                 num_cpus=config.ray.num_cpus,
                 dashboard=config.ray.dashboard,
             )
@@ -122,7 +127,14 @@ class Session:
 
 
 def start_learner(config: DpoExtractConfig, planned_steps: int, folder: Path) -> Any:
-    """A learner actor; its ``start`` must be waited for. It shares the cores with the stages, which rest meanwhile."""
+    """A learner actor; its ``start`` must be waited for. It shares the cores with the stages, which rest meanwhile.
+
+    It is on the driver's node, where the run folder is, unless only another node has a GPU left for it; then the two
+    nodes have to share the folder. A float16 model learns in float32, since gradients leave float16's range.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
     from actors.learner import LEARNER_NAME, LearnerActor
     from ember_ray.train.options import DpoOptions, LoraOptions
 
@@ -135,8 +147,11 @@ def start_learner(config: DpoExtractConfig, planned_steps: int, folder: Path) ->
         dpo[name] = dpo[name] and tuple(dpo[name])
     options = DpoOptions(**dpo, planned_steps=planned_steps, seed=config.seed)
     actor: Any = LearnerActor
-    return actor.options(name=LEARNER_NAME, num_cpus=0, num_gpus=0).remote(
-        model_path(config), LoraOptions(**lora), options, config.model.dtype, config.model.device, folder,
+    resources = {"num_cpus": 0, "num_gpus": LEARNER_GPU if config.model.device == "cuda" else 0}
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    dtype = "float32" if config.model.dtype == "float16" else config.model.dtype
+    return actor.options(name=LEARNER_NAME, scheduling_strategy=here, **resources).remote(
+        model_path(config), LoraOptions(**lora), options, dtype, config.model.device, folder,
         min_margin=margin, pairs_per_prompt=per_prompt,
     )  # fmt: skip
 

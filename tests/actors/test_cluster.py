@@ -61,6 +61,16 @@ def test_which_bundles_fit(stages: int, strategy: str, nodes: list[float], fits:
     assert clusters._fits(stages, {"CPU": 1.0}, strategy, [{"CPU": cpus} for cpus in nodes]) is fits
 
 
+@pytest.mark.parametrize(
+    ("stages", "share", "gpus", "fits"),
+    [(1, 0.75, [1.0], True), (2, 0.75, [1.0], False), (2, 0.75, [2.0], True), (3, 0.75, [2.0], False),
+     (4, 0.5, [2.0], True), (2, 2.0, [4.0], True), (3, 1.0, [1.0, 2.0], True)],
+)  # fmt: skip
+def test_a_share_of_a_gpu_is_of_one_gpu(stages: int, share: float, gpus: list[float], fits: bool) -> None:
+    nodes = [{"CPU": 8.0, "GPU": count} for count in gpus]
+    assert clusters._fits(stages, {"CPU": 1.0, "GPU": share}, "PACK", nodes) is fits
+
+
 def marked(mark: str) -> list[psutil.Process]:
     """Processes that inherited the mark from the driver, the dead that nobody waited for left out."""
     found = []
