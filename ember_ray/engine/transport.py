@@ -60,7 +60,8 @@ class LoopbackTransport:
 class ProcessGroupTransport:
     """Messages over a gloo process group of the stages' own (torch.distributed), tensors as raw bytes.
 
-    Tensors of a GPU go through the host's memory, because gloo knows no other.
+    Tensors of a GPU go through the host's memory, because gloo knows no other. gloo listens at the address of the
+    host's name; on nodes where that is a loopback address, name the network interface in ``GLOO_SOCKET_IFNAME``.
 
     Args:
         rank, world_size: this stage and the number of stages.

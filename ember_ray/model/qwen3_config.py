@@ -68,9 +68,12 @@ def _token_ids(value: Any) -> tuple[int, ...]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        read = json.loads(path.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as fault:
         raise ModelError(f"model folder '{path.parent}': {path.name} cannot be read: {fault}") from fault
+    if not isinstance(read, dict):
+        raise ModelError(f"model folder '{path.parent}': {path.name} holds no JSON object")
+    return read
 
 
 def read_model_config(folder: str | Path) -> Qwen3Config:

@@ -20,6 +20,7 @@ from actors.messages import Progress, VerifierSettings
 from actors.rollouts import Rollouts
 from ember_ray.engine.sampling_params import SamplingParams
 from ember_ray.model.lora import AdapterError
+from ember_ray.model.qwen3_config import ModelError
 
 pytestmark = pytest.mark.slow
 
@@ -189,6 +190,20 @@ def test_a_refused_update_changes_nothing(rollouts, make_rows, make_update, toke
         rollouts.rollback(version + 1)
     assert rollouts.policy_version == version and rollouts.stage_versions() == [version, version]
     assert same(tokens_of(rollouts.rollout(rows, 2, SHORT, 0)), before)
+
+
+def test_a_fault_in_one_stage_is_told_as_itself_and_nobody_waits_for_it(rollouts, make_rows, make_update) -> None:
+    """Finite values whose product is not: only the last stage sees it, its peer waits for tokens."""
+    overflowing = make_update(rollouts.versions()[-1] + 10)
+    for tensor in overflowing.tensors.values():
+        tensor.fill_(1e30)
+    rollouts.publish(overflowing)
+    begun, recoveries = time.monotonic(), rollouts.progress().recoveries
+    with pytest.raises(ModelError, match=f"version {overflowing.version} gives logits that are not finite"):
+        rollouts.rollout(make_rows(2), 2, SHORT, 0)
+    assert time.monotonic() - begun < 30 and rollouts.progress().recoveries == recoveries
+    rollouts.rollback(0)
+    assert len(rollouts.rollout(make_rows(2), 2, SHORT, 0).groups) == 2
 
 
 @pytest.mark.parametrize("stage", [0, 1])

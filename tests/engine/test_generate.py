@@ -78,6 +78,7 @@ def test_a_prefix_common_to_different_prompts_is_computed_once(folder: Path) -> 
         {"num_kv_blocks": 22, "max_num_seqs": 9, "max_num_batched_tokens": 16},
         {"block_size": 5, "max_num_batched_tokens": 200},
         {"micro_batches": 3},
+        {"micro_batches": 9, "max_num_seqs": 5, "max_num_batched_tokens": 7},
     ],
     ids=str,
 )

@@ -14,7 +14,8 @@ from ember_ray.engine.options import EngineOptions
 from ember_ray.engine.request import GenerationRequest
 from ember_ray.engine.sampling_params import SamplingParams
 from ember_ray.engine.scheduler import RequestError
-from ember_ray.engine.transport import ProcessGroupTransport, TransportError
+from ember_ray.engine.stage_engine import StageEngine
+from ember_ray.engine.transport import LoopbackTransport, ProcessGroupTransport, TransportError
 from ember_ray.model.lora import AdapterUpdate, load_peft_adapter
 from tests.support.peft_adapters import make_adapter
 from tests.support.qwen3 import make_qwen3, random_prompts
@@ -165,6 +166,13 @@ def test_a_lost_stage_is_an_error_not_a_hang(folder: Path) -> None:
         with pytest.raises(TransportError, match="stage 0"):
             pipeline.each(run)
         assert time.monotonic() - start < 20
+
+
+def test_a_split_that_does_not_fit_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match="hold 2 layers together, the model has 3"):
+        StageEngine(EngineOptions(str(folder), layer_split=(1, 1)), 0, LoopbackTransport())
+    with pytest.raises(ValueError, match="stage 0 of 2 got a transport of 0/1"):
+        StageEngine(EngineOptions(str(folder), layer_split=(1, 2)), 0, LoopbackTransport())
 
 
 def test_a_peer_that_never_comes_is_an_error() -> None:

@@ -71,6 +71,9 @@ def test_faulty_folders_are_named(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ModelError, match=r"config\.json cannot be read"):
         read_model_config(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ModelError, match=r"config\.json holds no JSON object"):
+        read_model_config(tmp_path)
     config = read_model_config(folder)
     with pytest.raises(ModelError, match=r"no model\.safetensors"):
         StageModel(tmp_path, config, range(4), torch.float32, "cpu", 32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +11,8 @@ import pytest
 
 from actors import cluster as clusters
 from ember_ray.config.schema import DpoExtractConfig
-from recipes.session import STAGE_GPU, start_learner
+from ember_ray.tracking.console import Console
+from recipes.session import STAGE_GPU, Session, start_learner
 
 pytestmark = pytest.mark.slow
 
@@ -59,3 +62,14 @@ def test_a_stage_and_the_learner_share_a_gpu(address: str, tmp_path: Path) -> No
         assert ray.get(learner.__ray_call__.remote(seen), timeout=60) == (here, [0], "float32")
         for actor in (*stages, learner):
             ray.kill(actor)
+
+
+def test_the_dashboard_is_there_and_the_user_is_told_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = DpoExtractConfig.model_validate({"output_dir": str(tmp_path)})
+    with Console() as console, Session(config, console):
+        said = capsys.readouterr().out
+        address = re.search(r"Ray dashboard: (http://\S+)", said)
+        token = re.search(r"token in (\S+)", said)
+        assert address and token and Path(token[1]).is_file()
+        page = urllib.request.urlopen(address[1], timeout=30)
+        assert page.status == 200 and b"Ray Dashboard" in page.read()
