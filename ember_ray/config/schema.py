@@ -152,7 +152,7 @@ class LoraSection(Section):
 class DpoSection(Section):
     """``dpo.*``"""
 
-    learning_rate: float = Field(3e-4, gt=0, description="Peak learning rate of AdamW.")
+    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
     lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = Field(
         "constant", description="Learning-rate schedule over the steps of the whole run."
     )
@@ -164,7 +164,7 @@ class DpoSection(Section):
         ["sigmoid", "sft"], description="Losses that are added up, by TRL's names."
     )
     loss_weights: list[Weight] | None = Field(None, description="Weight of each loss of dpo.loss_type; null = 1 each.")
-    per_device_train_batch_size: PositiveInt = Field(8, description="Pairs in one forward and backward.")
+    per_device_train_batch_size: PositiveInt = Field(16, description="Pairs in one forward and backward.")
     gradient_accumulation_steps: PositiveInt = Field(1, description="Forwards and backwards in one optimizer step.")
     epochs_per_round: PositiveInt = Field(1, description="Passes over the pairs of a round.")
     max_grad_norm: float = Field(1.0, gt=0, description="Norm to which the gradient is clipped.")

@@ -93,7 +93,7 @@ def test_help_lists_every_key_in_100_columns(capsys: pytest.CaptureFixture[str])
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 100
     for part in (
-        "  dpo.learning_rate=0.0003  (number > 0)",
+        "  dpo.learning_rate=0.001  (number > 0)",
         "engine: the rollout engine",
         "--dry-run",
         "--tracker KIND",

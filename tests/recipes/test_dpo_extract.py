@@ -16,7 +16,7 @@ from tests.support.command_line import Command, Ended, run
 
 RECIPE = "recipes.dpo_extract"
 SHORT = (
-    "rounds=4",
+    "rounds=3",
     "rollout.prompts_per_round=48",
     "data.eval_prompts=96",
     "data.eval_samples=2",
@@ -63,7 +63,7 @@ def test_the_reward_rises_and_not_without_publication(learnt: tuple[Ended, Path]
     assert with_it["gain"]["exact_match_sampled"] > 0.10
     assert with_it["gain"]["exact_match_sampled_interval"][0] > 0
     assert without["gain"]["exact_match_sampled"] < 0.5 * with_it["gain"]["exact_match_sampled"]
-    assert (with_it["policy_version"], without["policy_version"]) == (4, 0)
+    assert (with_it["policy_version"], without["policy_version"]) == (3, 0)
 
 
 @pytest.mark.slow
@@ -74,15 +74,15 @@ def test_what_a_run_leaves(learnt: tuple[Ended, Path]) -> None:
         for measure in ("reward_mean", "exact_match_sampled", "exact_match_greedy", "f1"):
             low, high = part[f"{measure}_interval"]
             assert 0 <= low <= part[measure] <= high <= 1
-    assert summary["rounds"] == 4 and summary["seed"] == 0
+    assert summary["rounds"] == 3 and summary["seed"] == 0
     assert set(summary["seconds"]) >= {"starting Ray", "rollout", "learning", "publishing"}
     metrics = rows(folder / "metrics.jsonl")
-    assert [row["round"] for row in metrics] == [1, 2, 3, 4]
+    assert [row["round"] for row in metrics] == [1, 2, 3]
     # each round's candidates are of the version that the round before published
-    assert [row["rollout_policy_version"] for row in metrics] == [0, 1, 2, 3]
-    assert [row["policy_version"] for row in metrics] == [1, 2, 3, 4]
+    assert [row["rollout_policy_version"] for row in metrics] == [0, 1, 2]
+    assert [row["policy_version"] for row in metrics] == [1, 2, 3]
     prompts = 0
-    for number in range(1, 5):
+    for number in range(1, 4):
         groups = rows(folder / "rollouts" / f"round_{number:04d}.jsonl")
         assert len(groups) == 48
         for group in groups:
@@ -147,22 +147,25 @@ def user_files(folder: Path) -> None:
     (folder / "file").write_text("")
 
 
+BAD = [
+    (["model.path=nowhere"], "no model folder 'nowhere'"),
+    (["--config", "bad.yaml"], "bad.yaml"),
+    (["rollout.num_candidate=4"], "num_candidates"),
+    (["data.train_path=empty.jsonl", "data.eval_path=good.jsonl"], "empty.jsonl"),
+]
+BAD_SLOWER = [
+    (["--config", "absent.yaml"], "no configuration file 'absent.yaml'"),
+    (["rounds=many"], "rounds"),
+    (["data.train_path=good.jsonl", "data.eval_path=broken.jsonl"], "broken.jsonl:2"),
+    (["data.train_path=long.jsonl", "data.eval_path=good.jsonl"], "'novel'"),
+    (["output_dir=file/below"], "file/below"),
+    (["engine.stages=[1,7]"], "the model has 2"),
+    (["ray.address=127.0.0.1:1"], "no Ray cluster answers"),
+]
+
+
 @pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["model.path=nowhere"], "no model folder 'nowhere'"),
-        (["--config", "bad.yaml"], "bad.yaml"),
-        (["--config", "absent.yaml"], "no configuration file 'absent.yaml'"),
-        (["rollout.num_candidate=4"], "num_candidates"),
-        (["rounds=many"], "rounds"),
-        (["data.train_path=empty.jsonl", "data.eval_path=good.jsonl"], "empty.jsonl"),
-        (["data.train_path=good.jsonl", "data.eval_path=broken.jsonl"], "broken.jsonl:2"),
-        (["data.train_path=long.jsonl", "data.eval_path=good.jsonl"], "'novel'"),
-        (["output_dir=file/below"], "file/below"),
-        (["engine.stages=[1,7]"], "the model has 2"),
-        (["ray.address=127.0.0.1:1"], "no Ray cluster answers"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    ("arguments", "says"), BAD + [pytest.param(*case, marks=pytest.mark.slow) for case in BAD_SLOWER], ids=str
 )
 def test_bad_input_is_one_line_and_status_2(arguments: list[str], says: str, tmp_path: Path) -> None:
     user_files(tmp_path)
