@@ -38,7 +38,6 @@ class Cluster:
         nodes: how many nodes are alive.
         namespace: the run's own, so that actor names of several runs do not meet.
         owned: Ray was started by this run and ends with it.
-        log_folder: where the actors' output goes.
         placement: the placement group with a bundle for each stage.
     """
 
@@ -48,7 +47,6 @@ class Cluster:
     nodes: int
     namespace: str
     owned: bool
-    log_folder: Path | None
     placement: Placement
     _processes: list[Any] = field(default_factory=list, repr=False)
     _open: bool = True
@@ -82,7 +80,6 @@ def start(
     cpus_per_stage: float | None = None,
     num_cpus: int | None = None,
     dashboard: bool = True,
-    object_store_bytes: int | None = None,
     limit_s: float = 60.0,
 ) -> Cluster:
     """Starts a local Ray, or attaches to a cluster, and reserves a place for every stage. Call it in the main thread:
@@ -95,7 +92,6 @@ def start(
         strategy: Ray's placement strategy of the stages.
         cpus_per_stage: None takes one CPU, or less when the machine has fewer CPUs than stages.
         num_cpus: that a local Ray offers; None takes all.
-        object_store_bytes: of a local Ray; None takes a tenth of the memory, 100 MB to 2 GB.
         limit_s: for the connection, and for the placement.
 
     Raises:
@@ -119,7 +115,7 @@ def start(
     }
     before = {child.pid for child in psutil.Process().children()}
     if address is None:
-        memory = object_store_bytes or min(2 * 10**9, max(100 * 10**6, psutil.virtual_memory().total // 10))
+        memory = min(2 * 10**9, max(100 * 10**6, psutil.virtual_memory().total // 10))
         options |= {"address": "local", "include_dashboard": dashboard, "num_cpus": num_cpus}
         options |= {"object_store_memory": memory, "dashboard_host": "127.0.0.1"}
     else:
@@ -140,7 +136,6 @@ def start(
             _end_ray(group, processes or [c for c in psutil.Process().children() if c.pid not in before])
         raise
     url = context.dashboard_url
-    session = context.address_info.get("session_dir")
     cluster = Cluster(
         address=context.address_info["gcs_address"],
         dashboard_url=f"http://{url}" if url and dashboard else None,
@@ -148,7 +143,6 @@ def start(
         nodes=len(nodes),
         namespace=namespace,
         owned=address is None,
-        log_folder=Path(session) / "logs" if session else None,
         placement=Placement(group, cpus_per_stage, gpus_per_stage, namespace),
         _processes=processes,
     )

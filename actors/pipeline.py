@@ -22,7 +22,7 @@ class Placement:
     """A placement group with one bundle a stage, and what each bundle holds.
 
     Attributes:
-        group: Ray's PlacementGroup, or None to let Ray place the actors freely.
+        group: Ray's PlacementGroup.
         cpus, gpus: of each stage.
         run: name of the run, a tag of the metrics.
     """
@@ -65,9 +65,8 @@ class Pipeline:
                 "name": f"ember-stage-{stage}",
                 "num_cpus": self._placement.cpus,
                 "num_gpus": self._placement.gpus,
+                "scheduling_strategy": PlacementGroupSchedulingStrategy(self._placement.group, stage),
             }
-            if self._placement.group is not None:
-                options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._placement.group, stage)
             try:
                 self.stages.append(actor.options(**options).remote(stage, self.num_stages, self._placement.run))
             except ActorAlreadyExistsError as taken:

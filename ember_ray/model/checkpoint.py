@@ -47,9 +47,6 @@ class Checkpoint:
                 raise ModelError(f"weights '{path}' cannot be read: {fault}") from fault
         return self._open[name]
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._file_of
-
     def read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
         """One tensor, converted to dtype on the device."""
         if name not in self._file_of:

@@ -328,6 +328,22 @@ def test_switch_serves_the_new_policy_and_rollback_the_old_one_exactly(folder: P
     assert llm.engine.counters()["prefill_tokens"] - before == 5 + 16
 
 
+def test_an_adapter_folder_is_served_under_a_version_of_its_own(folder: Path, tmp_path: Path) -> None:
+    make_adapter(make_qwen3(tmp_path / "model"), tmp_path / "adapter", r=4, lora_alpha=8, target_modules=["v_proj"])
+    llm = engine(folder)
+    prompts = random_prompts([37])
+    base = tokens(llm.generate(prompts, 3, FREE))
+    assert llm.load_adapter(tmp_path / "adapter") == 1
+    moved = llm.generate(prompts, 3, FREE)
+    assert tokens(moved) != base and moved[0].candidates[0].policy_version == 1
+    llm.rollback(0)
+    assert llm.load_adapter(tmp_path / "adapter") == 2
+    assert tokens(llm.generate(prompts, 3, FREE)) == tokens(moved)
+    with pytest.raises(AdapterError, match="is missing"):
+        llm.load_adapter(tmp_path / "model")
+    assert llm.engine.policy_version == 2
+
+
 def test_prompts_may_be_text_tokens_or_chats(folder: Path) -> None:
     llm = engine(folder)
     text = "user: hello\nassistant: "
