@@ -8,6 +8,8 @@ import torch
 
 from ember_ray.train.dpo import STATE_FILE, DpoLearner, DpoOptions, LearnerError, LoraOptions
 
+pytestmark = pytest.mark.slow  # each one trains
+
 LORA = LoraOptions(r=4, lora_alpha=8)
 DPO = DpoOptions(
     learning_rate=3e-3, lr_scheduler_type="cosine", planned_steps=20, per_device_train_batch_size=2, seed=5
