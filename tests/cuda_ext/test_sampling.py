@@ -50,9 +50,10 @@ def kept_by_hand(probabilities: Tensor, top_k: int, top_p: float, min_p: float) 
         kept &= keep
     left = torch.where(kept, probabilities, 0.0)
     left = left / left.sum()
+    top_p = float(torch.tensor(top_p))  # float32, as it arrives; 1 is off, whatever a sum comes to
     mass, order = 0.0, left.argsort(descending=True).tolist()
     for place, token in enumerate(order):
-        if place and mass >= top_p:
+        if place and mass >= top_p and top_p < 1:
             kept[token] = False
         mass += float(left[token])
     return kept
