@@ -55,17 +55,22 @@ def expected(folder: Path, adapter: AdapterUpdate) -> list[dict[tuple[str, int],
     return [{name: c.token_ids for name, c in made.items()} for made in (base, moved)]
 
 
-@pytest.mark.parametrize("split", [(1, 2), (2, 1), (1, 1, 1)], ids=str)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"num_kv_blocks": 20, "max_num_seqs": 9, "max_num_batched_tokens": 16},
-        {"micro_batches": 1},
-        {"micro_batches": 4},
-    ],
-    ids=str,
-)
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"num_kv_blocks": 20, "max_num_seqs": 9, "max_num_batched_tokens": 16},
+    {"micro_batches": 1},
+    {"micro_batches": 4},
+]
+QUICK = [((1, 2), options) for options in SETTINGS] + [((1, 1, 1), {})]
+CASES = QUICK + [
+    pytest.param(split, options, marks=pytest.mark.slow)
+    for split in ((2, 1), (1, 1, 1))
+    for options in SETTINGS
+    if (split, options) not in QUICK
+]
+
+
+@pytest.mark.parametrize(("split", "options"), CASES, ids=str)
 def test_stages_make_equal_tokens(
     split: tuple[int, ...], options: dict[str, Any], folder: Path, adapter: AdapterUpdate, expected: list
 ) -> None:
