@@ -54,7 +54,7 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     """About ``count`` round numbers that enclose [low, high] (Heckbert 1990, "Nice numbers for graph labels")."""
     if not (math.isfinite(low) and math.isfinite(high)):
         return [0.0, 1.0]
-    if high - low < 1e-12 * max(1.0, abs(low), abs(high)):
+    if high - low < 1e-8 * max(1.0, abs(low), abs(high)):  # finer than ticks are rounded to
         pad = abs(low) * 0.1 if abs(low) > 1e-6 else 0.5
         low, high = low - pad, high + pad
     raw = (high - low) / max(1, count - 1)
