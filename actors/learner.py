@@ -110,9 +110,11 @@ class LearnerActor:
         """See `DpoLearner.save_state`; the folder is on the actor's node."""
         self._learner().save_state(folder)
 
-    def load_state(self, folder: str | Path) -> None:
-        """See `DpoLearner.load_state`; the folder is on the actor's node."""
-        self._learner().load_state(folder)
+    def load_state(self, folder: str | Path) -> int:
+        """See `DpoLearner.load_state`; the folder is on the actor's node. Gives the rounds learnt so far."""
+        learner = self._learner()
+        learner.load_state(folder)
+        return learner.rounds
 
 
 def _assigned_cpus() -> int:

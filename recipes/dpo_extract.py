@@ -31,6 +31,9 @@ from ember_ray.tracking.trackers import Tracker, make_tracker
 from recipes.extract_task import load_rows, plan, sampling_params
 from recipes.session import Session, start_learner
 
+MAY_DIFFER = ("resume", "output_dir", "tracker", "ray")
+"""Settings that a resumed run may have otherwise."""
+
 EVALUATION = 0
 """The round number under which held-out candidates are drawn: before and after get the same random numbers."""
 
@@ -44,11 +47,16 @@ class DpoRun:
     def __init__(self, config: DpoExtractConfig, console: Console) -> None:
         self.config, self.console = config, console
         self.train, self.held_out = load_rows(config)
-        self.folder = RunFolder.create(config.output_dir, config.name)
-        self.folder.write_config(config)
+        if config.resume is not None:
+            self.folder = RunFolder.reopen(config.resume, config, MAY_DIFFER)
+        else:
+            self.folder = RunFolder.create(config.output_dir, config.name)
+            self.folder.write_config(config)
         self.tracker: Tracker = make_tracker(
             config.tracker, self.folder.path, self.folder.path.name, config.model_dump()
         )
+        # actors need not share this process's working folder
+        self.adapter_path, self.learner_path = self.folder.adapter_path.resolve(), self.folder.learner_path.resolve()
         self.rounds_done = 0
         self.before: Evaluation | None = None
         self.after: Evaluation | None = None
@@ -63,23 +71,38 @@ class DpoRun:
         with Session(config, console) as session:
             self.session = session
             planned = config.rounds * config.dpo.epochs_per_round * steps_a_round
-            learner = start_learner(config, planned, self.folder.path / "learner")
+            learner = start_learner(config, planned, self.learner_path)
             learner_ready = learner.start.remote()
             session.ready()
             session.call("loading the learner", learner_ready)
 
             self.before = self.evaluate("before")
-            console.start_rounds(config.rounds)
+            if config.resume is not None:
+                self.go_on(learner)
+            console.start_rounds(config.rounds, self.rounds_done)
             for number, rows in enumerate(self.batches(), start=1):
-                self.round(number, rows, learner)
+                if number > self.rounds_done:
+                    self.round(number, rows, learner)
             self.after = self.evaluate("after")
+
+    def go_on(self, learner: Any) -> None:
+        """Brings learner, engine and counts to the end of the last whole round of the run that is resumed."""
+        if not any(self.learner_path.glob("*")):
+            return  # it ended before its first round did
+        self.rounds_done = self.session.call("loading the state", learner.load_state.remote(self.learner_path))
+        rows = self.folder.keep_rounds(self.rounds_done)
+        for row in rows:
+            self.session.count(row)
+        if rows and rows[-1]["policy_version"]:
+            self.session.publish(learner.adapter_update.remote(rows[-1]["policy_version"]))
+        self.console.info(f"going on after round {self.rounds_done}")
 
     def round(self, number: int, rows: list[PromptRow], learner: Any) -> None:
         """Rollout, learning, publication."""
         config, session, start = self.config, self.session, time.monotonic()
         result = session.rollout(rows, config.rollout.num_candidates, sampling_params(config), number, "rollout")
         learnt = session.call("learning", learner.learn.remote(result.groups))
-        session.call("saving", learner.save_adapter.remote(self.folder.adapter_path))
+        session.call("saving", learner.save_adapter.remote(self.adapter_path))
         publishing = time.monotonic()
         if config.rollout.publish and learnt["pairs"]:
             session.publish(learner.adapter_update.remote(number))
@@ -104,9 +127,10 @@ class DpoRun:
             "seconds/publishing": publishing,
             "seconds/round": time.monotonic() - start,
         }
-        self.rounds_done = number
         self.folder.write_rollouts(number, result.groups)
         self.folder.append_metrics(metrics)
+        session.call("saving", learner.save_state.remote(self.learner_path))
+        self.rounds_done = number
         self.tracker.log(metrics, step=number)
         self.tracker.log_samples(number, list(sample_rows(result.groups[:4])))
         self.console.round_done(metrics)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,11 @@ class Session:
             result = self._rollouts.rollout(rows, num_candidates, params, round_number, show)
         self.totals = _added(self.totals, result.stats)
         return result
+
+    def count(self, row: Mapping[str, float]) -> None:
+        """Adds a round that an earlier session made, as its line of metrics tells it."""
+        names = ("generated_tokens", "prefill_tokens", "prefix_hit_tokens", "preemptions", "recoveries")
+        self.totals = _added(self.totals, RolloutStats(**{name: int(row[name]) for name in names}))
 
     def publish(self, update: Any) -> int:
         """Makes an adapter (or the ref of one) the policy of all stages; returns its version."""

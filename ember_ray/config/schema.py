@@ -44,6 +44,10 @@ class RunConfig(Section):
         0, ge=0, lt=2**32, description="Seed of everything random: data, sampling, initial adapter, order of pairs."
     )
     output_dir: str = Field("runs", min_length=1, description="Folder in which the folder of the run is made.")
+    resume: str | None = Field(
+        None,
+        description="Folder of an unfinished run to go on with; give its own settings: --config FOLDER/config.yaml.",
+    )
     tracker: Literal["auto", "none", "wandb", "tensorboard"] = Field(
         "auto", description="Where metrics go beside metrics.jsonl; auto = wandb, offline when there is no key."
     )

@@ -163,10 +163,10 @@ class Console:
             self._numbers.update(numbers)
             self._refresh()
 
-    def start_rounds(self, total: int) -> None:
-        """Begins the bar over the rounds."""
+    def start_rounds(self, total: int, done: int = 0) -> None:
+        """Begins the bar over the rounds, of which some may be done already."""
         with self._lock:
-            self._rounds_total, self._rounds_done = total, 0
+            self._rounds_total, self._rounds_done = total, done
             self._print(Text(round_header(), "bold"))
             if self.interactive:
                 self._rounds = Progress(
@@ -178,7 +178,7 @@ class Console:
                     TimeRemainingColumn(),
                     console=self._rich,
                 )
-                self._rounds.add_task("rounds", total=total)
+                self._rounds.add_task("rounds", total=total, completed=done)
                 self._refresh()
 
     def round_done(self, numbers: Mapping[str, Any]) -> None:

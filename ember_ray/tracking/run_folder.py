@@ -6,16 +6,17 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, Literal
 
+import yaml
 from pydantic import BaseModel
 
 from ember_ray.config.errors import UserError
 from ember_ray.config.load import dump_yaml
 from ember_ray.data.scored_group import ScoredGroup
-from ember_ray.tracking.files import json_line, plain, told_plainly, write_jsonl, write_text
+from ember_ray.tracking.files import json_line, plain, read_jsonl, told_plainly, write_jsonl, write_text
 from ember_ray.tracking.rows import group_row
 
 NEEDED_BYTES = 64 * 2**20
@@ -63,6 +64,49 @@ class RunFolder:
                 f"output_dir '{parent}' cannot be written: {reason}; choose another with output_dir=..."
             ) from fault
         return cls(path)
+
+    @classmethod
+    def reopen(cls, path: str | Path, config: BaseModel, may_differ: Collection[str]) -> RunFolder:
+        """The folder of an unfinished run, to go on in it.
+
+        Args:
+            config: the settings to go on with; they must be the folder's own.
+            may_differ: top-level keys that do not matter to what is learnt.
+
+        Raises:
+            UserError: there is no such run, it is finished, it was made with other settings, or it cannot be read.
+        """
+        folder = Path(path)
+        if not (folder / "config.yaml").is_file():
+            raise UserError(f"resume: there is no run in '{folder}' (no config.yaml)")
+        try:
+            was = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+            summary = folder / "summary.json"
+            status = json.loads(summary.read_text(encoding="utf-8"))["status"] if summary.exists() else None
+        except (OSError, ValueError, KeyError, yaml.YAMLError) as fault:
+            raise UserError(f"resume: the run in '{folder}' cannot be read: {' '.join(str(fault).split())}") from fault
+        if status == "finished":
+            raise UserError(f"resume: the run in '{folder}' is finished; start a new one")
+        now = yaml.safe_load(dump_yaml(config))
+        for key in now:
+            if key not in may_differ and was.get(key) != now[key]:
+                raise UserError(
+                    f"resume: the run in '{folder}' was made with other settings of '{key}'; "
+                    f"go on with its own: --config {folder / 'config.yaml'} resume={folder}"
+                )
+        return cls(folder)
+
+    def keep_rounds(self, rounds: int) -> list[dict[str, Any]]:
+        """Forgets metrics of rounds after the given number, which will be run again; gives those that stay."""
+        path = self.path / "metrics.jsonl"
+        rows = [row for row in read_jsonl(path) if row["round"] <= rounds] if path.exists() else []
+        write_jsonl(path, rows)
+        return rows
+
+    @property
+    def learner_path(self) -> Path:
+        """Where the learner's state lies between rounds."""
+        return self.path / "learner"
 
     @staticmethod
     def _make_unique(parent: Path, base: str) -> Path:
@@ -123,6 +167,7 @@ class RunFolder:
             "rollouts": "every candidate of every round",
             "eval": "held-out answers before and after",
             "adapter": "the adapter in PEFT format",
+            "learner": "optimizer and schedule; resume= goes on from there",
             "config.yaml": "the configuration; rerun with --config",
             "wandb": "offline run; upload with wandb sync",
             "tensorboard": "tensorboard --logdir reads it",

@@ -137,6 +137,37 @@ def test_ctrl_c_ends_it_cleanly_and_keeps_what_was_learnt(when: str, number: int
         assert (folder / "adapter" / "adapter_model.safetensors").is_file() and (folder / "report.html").is_file()
 
 
+@pytest.mark.slow
+def test_a_killed_run_is_resumed_and_ends_as_if_nothing_had_been(learnt: tuple[Ended, Path], tmp_path: Path) -> None:
+    command = Command(RECIPE, *SHORT, cwd=tmp_path)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "runs").glob("*/learner/*.pt")) if (tmp_path / "runs").is_dir() else True:
+        assert time.monotonic() < deadline and command.process.poll() is None
+        time.sleep(0.05)
+    os.kill(command.process.pid, signal.SIGKILL)
+    command.end(60)
+    folder = only_run(tmp_path)
+    assert not (folder / "summary.json").exists()
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"round": 2, "reward": 0')  # a line that the kill cut off
+
+    other = run(RECIPE, *SHORT, f"resume={folder}", "lora.r=8", cwd=tmp_path)
+    assert other.status == 2 and "other settings of 'lora'" in other.stderr
+    ended = run(RECIPE, "--config", str(folder / "config.yaml"), f"resume={folder}", cwd=tmp_path)
+    assert ended.status == 0, ended.stderr
+    assert f"going on after round {1}" in ended.stdout
+    counted = ("round", "reward", "loss", "pairs", "generated_tokens", "prefill_tokens", "policy_version", "grad_norm")
+    mine, undisturbed = (
+        [{name: row[name] for name in counted} for row in rows(path / "metrics.jsonl")] for path in (folder, learnt[1])
+    )
+    assert mine == undisturbed
+    mine, undisturbed = (json.loads((path / "summary.json").read_text()) for path in (folder, learnt[1]))
+    for name in ("before", "after", "gain", "rounds", "generated_tokens", "prefill_tokens", "policy_version"):
+        assert mine[name] == undisturbed[name]
+    again = run(RECIPE, "--config", str(folder / "config.yaml"), f"resume={folder}", cwd=tmp_path)
+    assert again.status == 2 and "is finished" in again.stderr
+
+
 def user_files(folder: Path) -> None:
     row = {"prompt": "Extract a as JSON.\n\na is 1.", "gold": {"a": 1}}
     (folder / "good.jsonl").write_text(json.dumps(row) + "\n")
