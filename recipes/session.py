@@ -99,6 +99,7 @@ class Session:
         with self.console.phase(name, total=len(rows) * num_candidates) as phase:
 
             def show(progress: Progress) -> None:
+                signals.check()
                 if progress.candidates_total == phase.total:
                     self.console.advance(progress.candidates_scored - phase.done)
                     seconds = time.monotonic() - phase.started
@@ -128,7 +129,9 @@ class Session:
     def call(self, name: str, ref: Any) -> Any:
         """Waits for an actor's answer in a phase of the console."""
         with self.console.phase(name):
-            return wait(ref, name, DAY_S)
+            found = wait(ref, name, DAY_S, on_tick=signals.check)
+        signals.check()
+        return found
 
 
 def start_learner(config: DpoExtractConfig, planned_steps: int, folder: Path) -> Any:

@@ -67,6 +67,16 @@ def reinstall() -> None:
         _current.install()
 
 
+def check() -> None:
+    """Raises KeyboardInterrupt if a stop was asked for: for loops, at points where it is good to stop.
+
+    The one that the handler raised can be lost: it lands wherever the main thread is, and in a destructor or a
+    callback from C Python only prints it.
+    """
+    if _current is not None and _current.received is not None:
+        raise KeyboardInterrupt
+
+
 def end(signals: StopSignals) -> None:
     """Undoes ``begin``."""
     global _current

@@ -108,63 +108,65 @@ def test_what_a_run_leaves(learnt: tuple[Ended, Path]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("when", "number"),
-    [("Ray starts", signal.SIGINT), ("a rollout runs", signal.SIGINT), ("a rollout runs", signal.SIGTERM)],
-)
-def test_ctrl_c_ends_it_cleanly_and_keeps_what_was_learnt(when: str, number: int, tmp_path: Path) -> None:
-    command = Command(RECIPE, *ENDLESS, cwd=tmp_path, PYTHONUNBUFFERED="1")
-    deadline = time.monotonic() + 120
-
-    def reached() -> bool:
-        if when == "Ray starts":
-            return any("gcs_server" in line for line in command.family())
-        found = list((tmp_path / "runs").glob("*/metrics.jsonl")) if (tmp_path / "runs").is_dir() else []
-        return bool(found) and len(found[0].read_text().splitlines()) >= 2
-
-    while not reached():
+def test_sigterm_while_ray_starts_leaves_nothing(tmp_path: Path) -> None:
+    command = Command(RECIPE, *SHORT, cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while not any("gcs_server" in line for line in command.family()):
         assert time.monotonic() < deadline and command.process.poll() is None
         time.sleep(0.05)
-    os.kill(command.process.pid, number)
+    os.kill(command.process.pid, signal.SIGTERM)
     ended = command.end(60)
-    assert ended.status == 130, ended.stderr
-    assert ended.left == [], "processes were left behind"
-    assert "Traceback" not in ended.stderr
-    if when == "a rollout runs":
-        folder = only_run(tmp_path)
-        summary = json.loads((folder / "summary.json").read_text())
-        assert summary["status"] == "interrupted" and summary["rounds"] >= 2
-        assert (folder / "adapter" / "adapter_model.safetensors").is_file() and (folder / "report.html").is_file()
+    assert (ended.status, ended.left) == (130, []) and "Traceback" not in ended.stderr
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ended, Path]:
+    """The run of ``learnt``, with Ctrl-C as soon as its first round is over."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    command = Command(RECIPE, *SHORT, cwd=folder)
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("runs/*/learner/*.pt")):
+        assert time.monotonic() < deadline and command.process.poll() is None
+        time.sleep(0.05)
+    os.kill(command.process.pid, signal.SIGINT)
+    return command.end(60), only_run(folder)
 
 
 @pytest.mark.slow
-def test_a_killed_run_is_resumed_and_ends_as_if_nothing_had_been(learnt: tuple[Ended, Path], tmp_path: Path) -> None:
-    command = Command(RECIPE, *SHORT, cwd=tmp_path)
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "runs").glob("*/learner/*.pt")) if (tmp_path / "runs").is_dir() else True:
-        assert time.monotonic() < deadline and command.process.poll() is None
-        time.sleep(0.05)
-    os.kill(command.process.pid, signal.SIGKILL)
-    command.end(60)
-    folder = only_run(tmp_path)
-    assert not (folder / "summary.json").exists()
-    with open(folder / "metrics.jsonl", "a") as file:
-        file.write('{"round": 2, "reward": 0')  # a line that the kill cut off
+def test_ctrl_c_ends_a_run_cleanly_and_keeps_what_was_learnt(interrupted: tuple[Ended, Path]) -> None:
+    ended, folder = interrupted
+    assert ended.status == 130, ended.stderr
+    assert ended.left == [], "processes were left behind"
+    assert "Traceback" not in ended.stderr
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "interrupted" and summary["rounds"] == 1
+    assert summary["before"] is not None and summary["after"] is None
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file() and (folder / "report.html").is_file()
 
-    other = run(RECIPE, *SHORT, f"resume={folder}", "lora.r=8", cwd=tmp_path)
+
+@pytest.mark.slow
+def test_an_interrupted_run_is_resumed_and_ends_as_if_nothing_had_been(
+    learnt: tuple[Ended, Path], interrupted: tuple[Ended, Path]
+) -> None:
+    folder = interrupted[1]
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"round": 2, "reward": 0.0}) + "\n")  # of a round whose learner state was not saved
+        file.write('{"round": 3, "rew')  # what a kill cuts off
+    mine = ["--config", str(folder / "config.yaml"), f"resume={folder}"]
+    other = run(RECIPE, *mine, "lora.r=8", cwd=folder)
     assert other.status == 2 and "other settings of 'lora'" in other.stderr
-    ended = run(RECIPE, "--config", str(folder / "config.yaml"), f"resume={folder}", cwd=tmp_path)
+    ended = run(RECIPE, *mine, cwd=folder)
     assert ended.status == 0, ended.stderr
-    assert f"going on after round {1}" in ended.stdout
+    assert "going on after round 1" in ended.stdout
     counted = ("round", "reward", "loss", "pairs", "generated_tokens", "prefill_tokens", "policy_version", "grad_norm")
-    mine, undisturbed = (
+    resumed, undisturbed = (
         [{name: row[name] for name in counted} for row in rows(path / "metrics.jsonl")] for path in (folder, learnt[1])
     )
-    assert mine == undisturbed
-    mine, undisturbed = (json.loads((path / "summary.json").read_text()) for path in (folder, learnt[1]))
+    assert resumed == undisturbed
+    now, then = (json.loads((path / "summary.json").read_text()) for path in (folder, learnt[1]))
     for name in ("before", "after", "gain", "rounds", "generated_tokens", "prefill_tokens", "policy_version"):
-        assert mine[name] == undisturbed[name]
-    again = run(RECIPE, "--config", str(folder / "config.yaml"), f"resume={folder}", cwd=tmp_path)
+        assert now[name] == then[name], name
+    again = run(RECIPE, *mine, cwd=folder)
     assert again.status == 2 and "is finished" in again.stderr
 
 
