@@ -34,7 +34,7 @@ def cluster() -> Iterator[clusters.Cluster]:
 
     before = {child.pid for child in psutil.Process().children(recursive=True)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # for the odd verifier
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)  # for the odd verifier
         with clusters.start(2, run="test") as made:
             yield made
     assert not ray.is_initialized()

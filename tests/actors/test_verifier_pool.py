@@ -33,7 +33,7 @@ def test_an_unknown_verifier_is_named(name: str) -> None:
 @pytest.fixture(scope="module")
 def ray_session() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)  # for the odd verifier
         with clusters.start(1, run="test", dashboard=False):
             yield
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -227,13 +228,9 @@ def test_a_full_disk_is_one_line_and_status_2(tmp_path: Path) -> None:
         while not list(small.glob("*/metrics.jsonl")):
             assert time.monotonic() < deadline and command.process.poll() is None
             time.sleep(0.1)
-        with open(small / "ballast", "wb") as ballast:
-            try:
-                while True:
-                    ballast.write(bytes(1 << 16))
-                    ballast.flush()
-            except OSError:
-                pass
+        with contextlib.suppress(OSError), open(small / "ballast", "wb", buffering=0) as ballast:
+            while True:
+                ballast.write(bytes(1 << 16))
         ended = command.end(90)
     finally:
         subprocess.run(["umount", "-l", str(small)], check=True)
