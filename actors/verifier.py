@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from actors.calls import cause_of, first_line, kill_all
 from actors.messages import VerifierSettings
@@ -209,7 +210,7 @@ class VerifierPool:
         except StopIteration:
             worker.stream = None
             return []
-        except Exception:
+        except RayError:  # its process died, or the verdict did not come within the limit
             return self._died(index, worker)
         worker.items.popleft()
         worker.since = time.monotonic()
