@@ -1,0 +1,237 @@
+"""Prefill attention over the paged KV cache: chunks of several prompts, packed one after the other in one pass.
+
+Chunk c brings q_lens[c] query tokens, which are the last positions of a sequence of k_lens[c] positions so far. Its
+token i therefore sees positions 0 to k_lens[c] - q_lens[c] + i: causal with bottom-right alignment, as FlashAttention-2
+(Dao 2023) has it. All K and V of the pass are in the cache before, so a chunk may attend to what another chunk wrote.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cuda_ext.attention import merge_attention
+
+BACKENDS = ("kernel", "cudnn", "torch_flash", "sdpa", "flash_attn")
+
+CUDNN_GRAIN = 256
+"""cuDNN prepares a plan for each new shape, which costs milliseconds of the host: only lengths that are multiples of
+this, and at least 4 of it, go there."""
+
+
+@dataclass(frozen=True)
+class PrefillBatch:
+    """The chunks of one pass; the same for all layers.
+
+    Attributes:
+        q_lens: tokens of each chunk, on the host.
+        k_lens: positions of each chunk's sequence so far, its own tokens included, on the host.
+        cu_q, cu_k: [chunks + 1] int32, where each chunk starts among the packed queries and the packed positions.
+        slots: [sum of k_lens] int64, KV slot of every position of every chunk's sequence, in order.
+    """
+
+    q_lens: list[int]
+    k_lens: list[int]
+    cu_q: Tensor
+    cu_k: Tensor
+    slots: Tensor
+
+    @classmethod
+    def build(
+        cls, q_lens: Sequence[int], slots_per_chunk: Sequence[np.ndarray], device: str | torch.device
+    ) -> PrefillBatch:
+        """One copy to the device for the whole pass.
+
+        Args:
+            q_lens: tokens of each chunk, each at least 1.
+            slots_per_chunk: [k_len] int64 for each chunk, the KV slots of its sequence's positions from 0 on.
+        """
+        k_lens = [len(slots) for slots in slots_per_chunk]
+        if not q_lens or len(q_lens) != len(k_lens):
+            raise ValueError(f"{len(q_lens)} chunks have slots for {len(k_lens)}: give each chunk its slots")
+        for chunk, (q_len, k_len) in enumerate(zip(q_lens, k_lens, strict=True)):
+            if not 1 <= q_len <= k_len:
+                raise ValueError(f"chunk {chunk} has {q_len} tokens and {k_len} slots: it needs 1 <= tokens <= slots")
+        lengths = np.concatenate([[0], np.cumsum(q_lens), [0], np.cumsum(k_lens)]).astype(np.int32)
+        total = int(lengths[-1])
+        device = torch.device(device)
+        packed = torch.empty(total + len(q_lens) + 1, dtype=torch.int64, pin_memory=device.type == "cuda")
+        np.concatenate(slots_per_chunk, out=packed.numpy()[:total], casting="same_kind")
+        packed[total:].view(torch.int32).numpy()[:] = lengths
+        packed = packed.to(device, non_blocking=True)
+        cu_q, cu_k = packed[total:].view(torch.int32).view(2, -1).unbind(0)
+        return cls(list(q_lens), k_lens, cu_q, cu_k, packed[:total])
+
+    @property
+    def runs(self) -> list[tuple[int, int, int]]:
+        """Consecutive chunks of equal lengths: (chunks, q_len, k_len) of each run."""
+        pairs = itertools.groupby(zip(self.q_lens, self.k_lens, strict=True))
+        return [(len(list(run)), *pair) for pair, run in pairs]
+
+
+def choose_backend(requested: str, dtype: torch.dtype, head_dim: int, device: str | torch.device) -> tuple[str, str]:
+    """The implementation to use for a model, and why; for the log.
+
+    Args:
+        requested: "auto" or one of BACKENDS.
+
+    Raises:
+        ValueError: the requested one cannot serve this dtype, head_dim or device.
+    """
+    if requested == "auto":
+        for name in ("cudnn", "torch_flash"):
+            if _obstacle(name, dtype, head_dim, torch.device(device)) is None:
+                return name, "the fastest here"
+        return "sdpa", f"the others cannot do it: {_obstacle('torch_flash', dtype, head_dim, torch.device(device))}"
+    if requested not in BACKENDS:
+        raise ValueError(f"prefill attention {requested!r} is not known; choose auto, {', '.join(BACKENDS)}")
+    obstacle = _obstacle(requested, dtype, head_dim, torch.device(device))
+    if obstacle is not None:
+        raise ValueError(f"prefill attention {requested!r} cannot be used: {obstacle}; choose auto or sdpa")
+    return requested, "as requested"
+
+
+def _obstacle(name: str, dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:
+    """What keeps a backend from being used; None where nothing does."""
+    if name == "sdpa":
+        return None
+    if device.type != "cuda":
+        return f"it needs a CUDA GPU, and the device is {device}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it computes in bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
+    if name == "flash_attn" and _flash_attn_varlen() is None:
+        return "the package flash-attn is not installed"
+    if name == "kernel":
+        return "this build has no kernel of its own for it"
+    most = 128 if name == "cudnn" else 256
+    if head_dim % 8 or head_dim > most:
+        return f"head_dim must be a multiple of 8 up to {most}, not {head_dim}"
+    if name == "cudnn" and not torch.backends.cudnn.is_available():
+        return "this torch has no cuDNN"
+    return None
+
+
+@cache
+def _flash_attn_varlen() -> Callable[..., Tensor] | None:
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+    return flash_attn_varlen_func
+
+
+def prefill_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: PrefillBatch, scale: float, backend: str
+) -> Tensor:
+    """Causal attention of each chunk over its sequence so far, bottom-right aligned.
+
+    Args:
+        q: [tokens, heads, head_dim], packed chunk after chunk.
+        k_cache, v_cache: [num_slots, kv_heads, head_dim], contiguous, same dtype as q, K and V of all the pass's
+            tokens written; kv_heads divides heads. Slots that no chunk names are not read.
+        scale: multiplies the scores.
+        backend: from choose_backend(). "cudnn" falls back to "torch_flash" for a pass in which one chunk's lengths
+            are not such that its plan would be used again (CUDNN_GRAIN).
+
+    Returns:
+        [tokens, heads, head_dim].
+    """
+    tokens, heads, head_dim = q.shape
+    if k_cache.shape != v_cache.shape or k_cache.shape[2] != head_dim or heads % k_cache.shape[1]:
+        raise ValueError(
+            f"queries {list(q.shape)} do not fit a cache of K {list(k_cache.shape)} and V {list(v_cache.shape)}"
+        )
+    if tokens != sum(batch.q_lens):
+        raise ValueError(f"{tokens} queries were given for a batch of {sum(batch.q_lens)} tokens")
+    if backend == "sdpa":
+        return prefill_attention_reference(q, k_cache, v_cache, batch, scale)
+    k, v = gather_kv(k_cache, v_cache, batch.slots)
+    if backend == "cudnn" and _repeats(batch):
+        return _cudnn(q, k, v, batch, scale)
+    if backend in ("cudnn", "torch_flash"):
+        return torch.ops.aten._flash_attention_forward(
+            q, k, v, batch.cu_q, batch.cu_k, max(batch.q_lens), max(batch.k_lens), 0.0, True, False, scale=scale
+        )[0]
+    if backend == "flash_attn" and (flash := _flash_attn_varlen()) is not None:
+        longest = (max(batch.q_lens), max(batch.k_lens))
+        return flash(q, k, v, batch.cu_q, batch.cu_k, *longest, softmax_scale=scale, causal=True)
+    raise ValueError(f"prefill attention {backend!r} cannot be used here: let choose_backend() choose")
+
+
+def prefill_attention_reference(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: PrefillBatch, scale: float, backend: str = "sdpa"
+) -> Tensor:
+    """As prefill_attention(), chunk by chunk with torch's scaled_dot_product_attention, on any device and dtype."""
+    out = torch.empty_like(q)
+    first = first_k = 0
+    for q_len, k_len in zip(batch.q_lens, batch.k_lens, strict=True):
+        slots = batch.slots[first_k : first_k + k_len]
+        mask = None
+        if 1 < q_len < k_len:
+            mask = torch.ones(q_len, k_len, dtype=torch.bool, device=q.device).tril_(k_len - q_len)
+        part = torch.nn.functional.scaled_dot_product_attention(
+            q[first : first + q_len].transpose(0, 1)[None],
+            k_cache[slots].transpose(0, 1)[None],
+            v_cache[slots].transpose(0, 1)[None],
+            attn_mask=mask,
+            is_causal=q_len == k_len,
+            scale=scale,
+            enable_gqa=q.shape[1] != k_cache.shape[1],
+        )
+        out[first : first + q_len] = part[0].transpose(0, 1)
+        first, first_k = first + q_len, first_k + k_len
+    return out
+
+
+def gather_kv(k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """K and V of the named slots as contiguous tensors.
+
+    Args:
+        k_cache, v_cache: [num_slots, kv_heads, head_dim], contiguous.
+        slots: [count] int64.
+
+    Returns:
+        K and V, each [count, kv_heads, head_dim].
+    """
+    return k_cache[slots], v_cache[slots]
+
+
+def _repeats(batch: PrefillBatch) -> bool:
+    """Whether all lengths of the pass are ones that a plan of cuDNN is worth being made for."""
+    return all(
+        q_len >= 4 * CUDNN_GRAIN and q_len % CUDNN_GRAIN == 0 and k_len % CUDNN_GRAIN == 0
+        for q_len, k_len in zip(batch.q_lens, batch.k_lens, strict=True)
+    )
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, batch: PrefillBatch, scale: float) -> Tensor:
+    """Each run of equal chunks as one batch. cuDNN aligns causal masks top-left, so the positions before a chunk are a
+    part of their own, without mask, merged with the chunk's part over itself by their log-sum-exp."""
+    outs = []
+    first = first_k = 0
+    for chunks, q_len, k_len in batch.runs:
+        shape = (chunks, k_len, *k.shape[1:])
+        q_run = q[first : first + chunks * q_len].view(chunks, q_len, *q.shape[1:]).transpose(1, 2)
+        k_run = k[first_k : first_k + chunks * k_len].view(shape).transpose(1, 2)
+        v_run = v[first_k : first_k + chunks * k_len].view(shape).transpose(1, 2)
+        first, first_k = first + chunks * q_len, first_k + chunks * k_len
+        context = k_len - q_len
+        out, lse = _cudnn_part(q_run, k_run[:, :, context:], v_run[:, :, context:], True, scale, context > 0)
+        if context:
+            before, before_lse = _cudnn_part(q_run, k_run[:, :, :context], v_run[:, :, :context], False, scale, True)
+            out = merge_attention(out.float(), lse, before.float(), before_lse).to(q.dtype)
+        outs.append(out.transpose(1, 2).reshape(chunks * q_len, *q.shape[1:]))
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def _cudnn_part(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, with_lse: bool) -> tuple[Tensor, Tensor]:
+    out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, with_lse, 0.0, causal, False, scale=scale
+    )[:2]
+    return out, lse.view(q.shape[:3]) if with_lse else lse
