@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cuda_ext import library
 from cuda_ext.attention import merge_attention
 
 BACKENDS = ("kernel", "cudnn", "torch_flash", "sdpa", "flash_attn")
@@ -199,6 +200,18 @@ def gather_kv(k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> tuple[Tensor, 
     Returns:
         K and V, each [count, kv_heads, head_dim].
     """
+    row_bytes = k_cache.element_size() * k_cache.shape[1] * k_cache.shape[2]
+    if not k_cache.is_cuda or row_bytes % 16:
+        return gather_kv_reference(k_cache, v_cache, slots)
+    if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
+        raise ValueError("K and V can be gathered from a contiguous cache only")
+    k, v = (cache.new_empty(len(slots), *cache.shape[1:]) for cache in (k_cache, v_cache))
+    library.launch("gather_kv", k, v, k_cache, v_cache, slots, len(slots), row_bytes)
+    return k, v
+
+
+def gather_kv_reference(k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """As gather_kv(), on any device and for any row."""
     return k_cache[slots], v_cache[slots]
 
 
