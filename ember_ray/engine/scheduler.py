@@ -3,6 +3,10 @@
 Every stage runs its own copy on the same requests and the same results, and so comes to the same plans; no
 schedule travels. The steps of a stage run in the order in which they were planned, so a block counts as computed
 as soon as the step that computes it is planned.
+
+Where a device works through steps without waiting for the host, a plan may hold several decode steps, and the next
+plan is made before the results of the last one are known (``num_pending`` of a sequence). What is planned then
+depends on how late results are by count, never on when they came.
 """
 
 from __future__ import annotations
@@ -12,9 +16,9 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from operator import attrgetter
 
-from ember_ray.engine.block_pool import BlockPool, prefix_keys
+from ember_ray.engine.block_pool import BlockPool
 from ember_ray.engine.request import GenerationRequest
-from ember_ray.engine.sequence import ABORT, PromptGroup, Sequence, prompt_hash
+from ember_ray.engine.sequence import ABORT, PromptGroup, Sequence
 
 _ORDER = attrgetter("order")
 
@@ -43,12 +47,15 @@ class SuffixChunk:
 
 @dataclass
 class StepPlan:
-    """One forward pass of one micro-batch.
+    """One forward pass of one micro-batch, or several decode steps of it.
 
     Attributes:
         decodes: candidates that feed their newest token, ordered by group.
-        samples: candidates that get a new token, in the order of the results: the decodes, then the suffix chunks
+        samples: candidates that get new tokens, in the order of the results: the decodes, then the suffix chunks
             that reach their end, then first tokens behind a prompt.
+        num_steps: decode steps; above 1 nothing but decodes is planned.
+        counts: how many tokens each sample gets at most.
+        needs_results: nothing was planned, because the results of plans in flight have to be taken first.
     """
 
     lane: int
@@ -56,6 +63,9 @@ class StepPlan:
     prompt_chunks: list[PromptChunk] = field(default_factory=list)
     suffix_chunks: list[SuffixChunk] = field(default_factory=list)
     samples: list[Sequence] = field(default_factory=list)
+    num_steps: int = 1
+    counts: list[int] = field(default_factory=list)
+    needs_results: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -77,6 +87,8 @@ class Scheduler:
         max_model_len: most tokens of prompt and answer together.
         vocab_size: token ids of prompts are below it.
         num_lanes: micro-batches in flight; a prompt's candidates all run in one.
+        num_scheduler_steps: most decode steps in a plan.
+        mixed: decodes and prompts share a forward pass; False plans prompts first and decodes apart.
     """
 
     def __init__(
@@ -89,11 +101,17 @@ class Scheduler:
         vocab_size: int,
         num_lanes: int = 1,
         prefix_sharing: bool = True,
+        num_scheduler_steps: int = 1,
+        mixed: bool = True,
     ) -> None:
+        if mixed and num_scheduler_steps > 1:
+            raise ValueError("several decode steps in a plan need prompts planned apart")
         self.pool, self.block_size, self.num_lanes = pool, block_size, num_lanes
         self.max_num_batched_tokens, self.max_model_len = max_num_batched_tokens, max_model_len
         self.max_lane_seqs = max(1, max_num_seqs // num_lanes)
         self.prefix_sharing, self.vocab_size = prefix_sharing, vocab_size
+        self.num_scheduler_steps, self.mixed = num_scheduler_steps, mixed
+        self._free_slots = list(range(self.max_lane_seqs * num_lanes))[::-1]
         self.running: list[list[Sequence]] = [[] for _ in range(num_lanes)]
         self.waiting: list[list[Sequence]] = [[] for _ in range(num_lanes)]
         self._by_request: dict[int, list[Sequence]] = {}
@@ -151,9 +169,9 @@ class Scheduler:
                 key: object = prompt if self.prefix_sharing else (number, index)
                 group = groups.get(key)
                 if group is None:
-                    keys = prefix_keys(prompt, self.block_size, policy_version) if self.prefix_sharing else []
+                    lane = len(groups) % self.num_lanes
                     group = PromptGroup(
-                        prompt, len(groups), keys, prompt_hash(prompt), lane=len(groups) % self.num_lanes
+                        prompt, len(groups), self.block_size, policy_version, self.prefix_sharing, lane=lane
                     )
                     groups[key] = group
                 max_tokens = min(params.max_tokens, self.max_model_len - len(prompt))
@@ -193,63 +211,105 @@ class Scheduler:
     # -- a step ----------------------------------------------------------------------------------------------------
 
     def schedule(self, lane: int) -> StepPlan:
-        """Plans the next step of a lane whose last step has been finished; empty when it has to wait."""
+        """Plans the next step of a lane; empty when it has to wait for results or for other lanes."""
         plan = StepPlan(lane)
+        if self._must_wait(lane):
+            plan.needs_results = True
+            return plan
         budget = self.max_num_batched_tokens
-        budget = self._plan_decodes(plan, budget)
+        if self.mixed:
+            budget = self._plan_decodes(plan, budget)
         budget = self._plan_suffixes(plan, budget)
         budget = self._plan_prompts(plan, budget)
         budget = self._admit(plan, budget)
         self._plan_suffixes(plan, budget)  # of those that have just come back
-        plan.samples = [
-            *plan.decodes,
-            *(chunk.sequence for chunk in plan.suffix_chunks if chunk.last == len(chunk.sequence.token_ids)),
-            *(s for s in self.running[lane] if not s.token_ids and s.group.prompt_done),
+        late = [
+            *(chunk.sequence for chunk in plan.suffix_chunks if chunk.last == chunk.sequence.num_tokens),
+            *(s for s in self.running[lane] if not s.num_tokens and s.group.prompt_done),
         ]
+        if not self.mixed and not late and plan.num_tokens == 0:
+            if self._must_wait(lane):  # those just admitted took blocks
+                plan.needs_results = True
+                return plan
+            self._plan_decodes(plan, budget)
+        plan.samples = [*plan.decodes, *late]
+        plan.counts += [1] * len(late)
+        for sequence in late:
+            sequence.num_pending += 1
         for sequence in plan.samples:
             sequence.group.has_last_hidden = True
         return plan
 
-    def finish_step(self, plan: StepPlan, tokens: Seq[int], finish_codes: Seq[int]) -> list[Sequence]:
-        """Takes the results of a step, one token and finish code a sample; returns the candidates that ended."""
+    def finish_step(self, plan: StepPlan, tokens: Seq[Seq[int]], finish_codes: Seq[int]) -> list[Sequence]:
+        """Takes the results of a plan; returns the candidates that ended.
+
+        Args:
+            tokens: for each sample its new tokens, as many as planned or fewer where it ended.
+            finish_codes: of each sample, behind its last new token; 0 goes on.
+        """
         ended = []
-        for sequence, token, code in zip(plan.samples, tokens, finish_codes, strict=True):
-            if sequence.finish_code:  # aborted while its step was on the way
+        for sequence, new, code, count in zip(plan.samples, tokens, finish_codes, plan.counts, strict=True):
+            sequence.num_pending -= count
+            if sequence.finish_code:  # it ended, or was aborted, while this was on the way
                 continue
-            sequence.token_ids.append(token)
+            sequence.token_ids.extend(new)
             if code:
                 sequence.finish_code = code
                 self._leave(sequence)
                 ended.append(sequence)
         return ended
 
+    def _must_wait(self, lane: int) -> bool:
+        """Whether blocks run short while results are on the way: they may free some, and preempting needs the tokens."""
+        running = self.running[lane]
+        if not any(sequence.num_pending for sequence in running):
+            return False
+        steps = self._num_steps(running)
+        need = sum(
+            max(0, self.blocks_for(min(s.num_tokens + steps - 1, s.max_tokens)) - len(s.block_table)) for s in running
+        )
+        return need > self.pool.num_free
+
+    def _num_steps(self, running: Seq[Sequence]) -> int:
+        left = max((s.max_tokens - s.num_tokens for s in running if s.num_tokens), default=0)
+        return max(1, min(self.num_scheduler_steps, left))
+
     def _plan_decodes(self, plan: StepPlan, budget: int) -> int:
         running = self.running[plan.lane]
+        plan.num_steps = self._num_steps(running)
         for sequence in list(running):
             if sequence.order > running[-1].order:  # preempted: victims leave from the end
                 break
-            length = len(sequence.token_ids)
-            if not length:
+            length = sequence.num_tokens
+            count = min(plan.num_steps, sequence.max_tokens - length)
+            if not length or not count:  # has no token to feed, or all it may have are on the way
                 continue
-            if not self._grow(sequence, length):
+            if not self._grow(sequence, length + count - 1):
                 break
             if sequence.group.prompt_done and length - sequence.num_computed == 1:
                 plan.decodes.append(sequence)
-                sequence.num_computed = length
+                plan.counts.append(count)
+                sequence.num_computed += count
+                sequence.num_pending += count
                 budget -= 1
         return budget
 
     def _plan_suffixes(self, plan: StepPlan, budget: int) -> int:
         """Makes anew what a preemption took away."""
         for sequence in self.running[plan.lane]:
+            # what it feeds next is no suffix: a decode takes that
             first, length = sequence.num_computed, len(sequence.token_ids)
             last = min(length, first + budget)
-            if sequence.group.prompt_done and first < last:
+            if sequence.group.prompt_done and first < last and not sequence.num_pending and not self._decodes(sequence):
                 plan.suffix_chunks.append(SuffixChunk(sequence, first, last))
                 sequence.num_computed = last
                 self.recomputed_tokens += last - first
                 budget -= last - first
         return budget
+
+    def _decodes(self, sequence: Sequence) -> bool:
+        """Whether it goes on by a decode in a plan of its own."""
+        return not self.mixed and sequence.num_tokens - sequence.num_computed == 1
 
     def _grow(self, sequence: Sequence, length: int) -> bool:
         """Gives the candidate blocks for its tokens, preempting the latest of its lane; False if that was itself."""
@@ -295,6 +355,8 @@ class Scheduler:
             sequence = waiting[0]
             group, length = sequence.group, len(sequence.group.token_ids)
             own = self.blocks_for(max(1, len(sequence.token_ids)))
+            # prompts come before decodes there, and must leave them room to grow
+            spare = 0 if self.mixed else len(running)
             hit_tokens = length
             if group.num_admitted == 0:
                 # without the hidden state behind it, the last token has to be computed again
@@ -304,17 +366,18 @@ class Scheduler:
                 if budget == 0 and hit_tokens < length:
                     break
                 fresh = self.blocks_for(length) - len(found)
-                if fresh + own + sum(map(self.pool.is_free, found)) > self.pool.num_free:
+                if fresh + own + spare + sum(map(self.pool.is_free, found)) > self.pool.num_free:
                     break
                 self.pool.hold(found)
                 group.block_table = found + self.pool.allocate(fresh)
                 group.num_computed = hit_tokens
-            elif own > self.pool.num_free:
+            elif own + spare > self.pool.num_free:
                 break
             if not sequence.was_admitted:
                 sequence.was_admitted = True
                 self.prefix_hit_tokens += hit_tokens
             sequence.block_table = self.pool.allocate(own)
+            sequence.slot = self._free_slots.pop()
             group.num_admitted += 1
             insort(running, waiting.pop(0), key=_ORDER)
             budget -= self._plan_prompt(plan, group, budget)
@@ -326,6 +389,8 @@ class Scheduler:
         self.running[group.lane].remove(sequence)
         self.pool.release(sequence.block_table)
         sequence.block_table, sequence.num_computed = [], 0
+        self._free_slots.append(sequence.slot)
+        sequence.slot = -1
         group.num_admitted -= 1
         if group.num_admitted == 0:
             self.pool.release(group.block_table)

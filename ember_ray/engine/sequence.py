@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import blake2b
 
+from ember_ray.engine.block_pool import prefix_keys
 from ember_ray.engine.request import Candidate
 from ember_ray.engine.sampling_params import SamplingParams
 
@@ -16,8 +19,7 @@ ABORT = FINISH_REASONS.index("abort")
 
 def prompt_hash(token_ids: tuple[int, ...]) -> int:
     """A signed 64-bit number that stands for the prompt in the counters of random numbers."""
-    text = b"".join(token.to_bytes(8, "little") for token in token_ids)
-    return int.from_bytes(blake2b(text, digest_size=8).digest(), "little", signed=True)
+    return int.from_bytes(blake2b(array("q", token_ids).tobytes(), digest_size=8).digest(), "little", signed=True)
 
 
 @dataclass(eq=False)
@@ -25,6 +27,9 @@ class PromptGroup:
     """One prompt, computed once for all its candidates, also those of other requests with the same tokens.
 
     Attributes:
+        block_size: of the KV blocks.
+        policy_version: under which the prompt is computed.
+        is_shared: its blocks can be found and used by others.
         block_table: KV blocks of the prompt while any candidate is admitted, else empty.
         num_computed: prompt tokens whose K and V are in those blocks (or will be, by a step already scheduled).
         has_last_hidden: the last stage keeps the hidden state behind the last prompt token, from which the first
@@ -35,8 +40,9 @@ class PromptGroup:
 
     token_ids: tuple[int, ...]
     number: int
-    keys: list[bytes]
-    hash: int
+    block_size: int
+    policy_version: int
+    is_shared: bool
     candidates: list[Sequence] = field(default_factory=list)
     block_table: list[int] = field(default_factory=list)
     num_computed: int = 0
@@ -49,6 +55,17 @@ class PromptGroup:
     def prompt_done(self) -> bool:
         return self.num_computed == len(self.token_ids)
 
+    # hashing long prompts takes a while; done when a group's turn comes, the device is busy with those before it
+
+    @cached_property
+    def keys(self) -> list[bytes]:
+        """Where its blocks stand in the prefix index; empty where they are not shared."""
+        return prefix_keys(self.token_ids, self.block_size, self.policy_version) if self.is_shared else []
+
+    @cached_property
+    def hash(self) -> int:
+        return prompt_hash(self.token_ids)
+
 
 @dataclass(eq=False)
 class Sequence:
@@ -58,6 +75,8 @@ class Sequence:
         order: its place among all candidates of the batch; later ones are preempted first.
         block_table: its own KV blocks; generated token j lies at slot j of them (the prompt lies in the group's).
         num_computed: generated tokens whose K and V are there; while it decodes, all but the last.
+        num_pending: tokens that are planned (or drawn) but not known here yet; 0 where results are awaited.
+        slot: its place among those admitted, from 0 to max_num_seqs - 1; -1 while it waits.
     """
 
     group: PromptGroup
@@ -73,8 +92,15 @@ class Sequence:
     sampling_logprobs: list[float] = field(default_factory=list)
     block_table: list[int] = field(default_factory=list)
     num_computed: int = 0
+    num_pending: int = 0
+    slot: int = -1
     finish_code: int = 0
     was_admitted: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Generated tokens, those included that are not known yet."""
+        return len(self.token_ids) + self.num_pending
 
     def candidate(self, text: str, policy_version: int) -> Candidate:
         reason = FINISH_REASONS[self.finish_code]

@@ -337,7 +337,7 @@ class StageEngine:
             self.transport.receive(result.message, self.transport.world_size - 1, result.tag + 1)
         tokens, codes, aborts = result.lists()
         self._generated_tokens += sum(not sequence.finish_code for sequence in result.plan.samples)
-        ended = self.scheduler.finish_step(result.plan, tokens, codes)
+        ended = self.scheduler.finish_step(result.plan, [[token] for token in tokens], codes)
         for number in aborts:
             ended += self.scheduler.abort(number)
         if self._stop_check is None:

@@ -13,6 +13,7 @@ from ember_ray.engine.block_pool import BlockPool
 from ember_ray.engine.request import GenerationRequest
 from ember_ray.engine.sampling_params import SamplingParams
 from ember_ray.engine.scheduler import RequestError, Scheduler, StepPlan
+from ember_ray.engine.sequence import Sequence
 
 MAX_LEN = 48
 VOCAB = 100
@@ -47,7 +48,7 @@ def loads(draw: st.DrawFn) -> Load:
     )  # fmt: skip
 
 
-def make(load: Load, **changes: bool) -> Scheduler:
+def make(load: Load, **changes: int) -> Scheduler:
     scheduler = Scheduler(
         BlockPool(load.num_blocks),
         load.block_size,
@@ -62,11 +63,37 @@ def make(load: Load, **changes: bool) -> Scheduler:
     return scheduler
 
 
+@dataclass(frozen=True)
+class Model:
+    """What the model would draw: a candidate's tokens and where it ends depend on nothing but itself."""
+
+    seed: int
+
+    def token(self, s: Sequence, place: int) -> int:
+        return random.Random(f"{self.seed}.{s.request_id}.{s.index}.{place}").randrange(3)
+
+    def code(self, s: Sequence, place: int) -> int:
+        draw = random.Random(f"{self.seed}.{s.request_id}.{s.index}.{place}.end").random()
+        return 2 if place + 1 >= s.max_tokens else int(draw < 0.1)
+
+    def tokens(self, s: Sequence, count: int) -> tuple[int, ...]:
+        return tuple(self.token(s, place) for place in range(count))
+
+    def results(self, s: Sequence, first: int, count: int) -> tuple[list[int], int]:
+        """New tokens behind the first ones, up to the end of the candidate, and its finish code."""
+        new = []
+        for place in range(first, first + count):
+            new.append(self.token(s, place))
+            if code := self.code(s, place):
+                return new, code
+        return new, 0
+
+
 class Memory:
     """What a stage's KV slots would hold: checks that every position that attention reads was written and is right."""
 
-    def __init__(self, load: Load) -> None:
-        self.size = load.block_size
+    def __init__(self, load: Load, model: Model) -> None:
+        self.size, self.model = load.block_size, model
         self.slots: dict[int, tuple[int, ...]] = {}
 
     def write(self, table: list[int], place: int, prefix: tuple[int, ...]) -> None:
@@ -82,10 +109,11 @@ class Memory:
         for chunk in plan.prompt_chunks:
             for place in range(chunk.first, chunk.last):
                 self.write(chunk.group.block_table, place, chunk.group.token_ids[: place + 1])
-        pieces = [(s, s.num_computed - 1, s.num_computed) for s in plan.decodes]
+        counts = dict(zip(map(id, plan.samples), plan.counts, strict=True))
+        pieces = [(s, s.num_computed - counts[id(s)], s.num_computed) for s in plan.decodes]
         pieces += [(piece.sequence, piece.first, piece.last) for piece in plan.suffix_chunks]
         for sequence, first, last in pieces:
-            tokens = sequence.group.token_ids + tuple(sequence.token_ids)
+            tokens = sequence.group.token_ids + self.model.tokens(sequence, last)
             for place in range(first, last):
                 self.write(sequence.block_table, place, tokens[: len(sequence.group.token_ids) + place + 1])
         for chunk in plan.prompt_chunks:
@@ -93,38 +121,56 @@ class Memory:
         for sequence, _, last in pieces:
             prompt = sequence.group.token_ids
             self.check(sequence.group.block_table, len(prompt), prompt)
-            self.check(sequence.block_table, last, prompt + tuple(sequence.token_ids), len(prompt))
+            self.check(sequence.block_table, last, prompt + self.model.tokens(sequence, last), len(prompt))
+        for piece in plan.suffix_chunks:
+            assert piece.last <= len(piece.sequence.token_ids), "a token is fed by the host that it does not know yet"
         return sum(chunk.last - chunk.first for chunk in plan.prompt_chunks)
 
 
-def drive(load: Load, scheduler: Scheduler, seed: int, abort: str | None = None) -> tuple[list[str], int]:
-    """Runs a load to its end with pseudo-random tokens; returns a log of what happened and prompt tokens computed."""
-    memory, log, computed = Memory(load), [], 0
-    in_flight: dict[int, StepPlan] = {}
+def drive(
+    load: Load, scheduler: Scheduler, seed: int, abort: str | None = None, lookahead: int = 0
+) -> tuple[list[str], int]:
+    """Runs a load to its end with pseudo-random tokens; returns a log of what happened and prompt tokens computed.
+
+    With a lookahead the results of that many plans are still on the way when the next one is made.
+    """
+    model = Model(seed)
+    memory, log, computed = Memory(load, model), [], 0
+    in_flight: dict[int, list[tuple[StepPlan, list[tuple[list[int], int]]]]] = {n: [] for n in range(load.lanes)}
+
+    def finish(lane: int) -> None:
+        plan, results = in_flight[lane].pop(0)
+        ended = scheduler.finish_step(plan, [new for new, _ in results], [code for _, code in results])
+        if abort is not None and len(log) > 3:
+            ended += scheduler.abort(int(abort[1:]))
+        log.extend(f"{s.request_id}.{s.index} {s.token_ids} {s.finish_code}" for s in ended)
+
     for _ in range(5000):
         moved = False
         for lane in range(load.lanes):
-            if lane in in_flight:
+            while len(in_flight[lane]) > lookahead:
                 moved = True
-                plan = in_flight.pop(lane)
-                tokens, codes = [], []
-                for s in plan.samples:
-                    draw = random.Random(f"{seed}.{s.request_id}.{s.index}.{len(s.token_ids)}")
-                    tokens.append(draw.randrange(3))
-                    codes.append(2 if len(s.token_ids) + 1 >= s.max_tokens else int(draw.random() < 0.1))
-                ended = scheduler.finish_step(plan, tokens, codes)
-                if abort is not None and len(log) > 3:
-                    ended += scheduler.abort(int(abort[1:]))
-                log += [f"{s.request_id}.{s.index} {s.token_ids} {s.finish_code}" for s in ended]
+                finish(lane)
             plan = scheduler.schedule(lane)
-            assert plan.num_tokens <= load.budget
+            assert plan.num_steps > 1 or plan.num_tokens <= load.budget
+            assert plan.num_steps == 1 or not (plan.prompt_chunks or plan.suffix_chunks)
+            assert scheduler.mixed or not (plan.decodes and (plan.prompt_chunks or plan.suffix_chunks))
             assert sum(map(len, scheduler.running)) <= max(load.max_num_seqs, load.lanes)
+            slots = [s.slot for lane_seqs in scheduler.running for s in lane_seqs]
+            assert len(set(slots)) == len(slots) and min(slots, default=0) >= 0
             if not plan.is_empty:
                 moved = True
                 computed += memory.run(plan)
-                in_flight[lane] = plan
+                results = [
+                    model.results(s, s.num_tokens - count, count)
+                    for s, count in zip(plan.samples, plan.counts, strict=True)
+                ]
+                in_flight[lane].append((plan, results))
                 log.append(f"{lane} {[(s.request_id, s.index) for s in plan.samples]} {plan.num_tokens}")
-        if not (scheduler.has_work or in_flight):
+            elif in_flight[lane]:
+                moved = True
+                finish(lane)
+        if not (scheduler.has_work or any(in_flight.values())):
             return log, computed
         assert moved, "the scheduler stands still"
     raise AssertionError("the scheduler does not come to an end")
@@ -152,6 +198,24 @@ def test_every_candidate_ends_once_with_its_own_tokens_from_right_blocks(load: L
     # the load decides when, not what
     roomy = Load(load.requests, load.block_size, 10_000, 100, 10_000, 1)
     assert endings(drive(roomy, make(roomy, prefix_sharing=False), seed)[0]) == endings(log)
+
+
+@settings(max_examples=400, deadline=None)
+@given(load=loads(), seed=st.integers(0, 99), steps=st.integers(1, 5), lookahead=st.integers(0, 2))
+def test_what_is_planned_ahead_of_the_results_ends_the_same(load: Load, seed: int, steps: int, lookahead: int) -> None:
+    """Prompts apart from decodes, several steps in a plan, results that come plans later."""
+    scheduler = make(load, num_scheduler_steps=steps, mixed=False)
+    log, computed = drive(load, scheduler, seed, lookahead=lookahead)
+    roomy = Load(load.requests, load.block_size, 10_000, 100, 10_000, 1)
+    assert endings(drive(roomy, make(roomy), seed)[0]) == endings(log)
+    assert scheduler.pool.num_used == 0
+    again = drive(load, make(load, num_scheduler_steps=steps, mixed=False), seed, lookahead=lookahead)
+    assert again == (log, computed)
+    aborted, _ = drive(
+        load, make(load, num_scheduler_steps=steps, mixed=False), seed, abort="r0", lookahead=lookahead
+    )
+    others = {line for line in endings(aborted) if not line.startswith("r0")}
+    assert others == {line for line in endings(log) if not line.startswith("r0")}
 
 
 @settings(max_examples=100, deadline=None)
