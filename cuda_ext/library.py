@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ PATH = Path(__file__).with_name("libember_cuda.so")
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Number formats as the kernels name them (``csrc/common.cuh``)."""
+
+Argument = Tensor | ctypes.Array[Any] | int | float | torch.dtype | None
+"""What can be handed to a kernel."""
 
 
 class KernelError(RuntimeError):
@@ -32,29 +36,46 @@ def load() -> ctypes.CDLL:
     return library
 
 
-def launch(name: str, *arguments: Tensor | int | float | torch.dtype | None) -> None:
+def launch(name: str, *arguments: Argument) -> None:
     """Calls ``ember_<name>`` on the current stream of the current device.
 
-    Tensors go as pointers (None as a null pointer), integers as int64_t, floats as float, dtypes as their code; the
-    stream is added last. Shapes, strides and devices are the caller's to check.
+    Tensors go as pointers (None as a null pointer), integers as int64_t, floats as float, dtypes as their code, C
+    arrays as pointers to host memory that is read before this returns; the stream is added last. A name takes the
+    same kinds of arguments at every call. Shapes, strides and devices are the caller's to check.
 
     Raises:
         KernelError: the library's own words.
     """
-    values: list[ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float] = []
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            values.append(ctypes.c_void_p(argument.data_ptr()))
-        elif isinstance(argument, float):
-            values.append(ctypes.c_float(argument))
-        elif argument is None:
-            values.append(ctypes.c_void_p(None))
-        elif isinstance(argument, torch.dtype):
-            values.append(ctypes.c_int64(DTYPES[argument]))
-        else:
-            values.append(ctypes.c_int64(argument))
-    library = load()
-    status = getattr(library, f"ember_{name}")(*values, ctypes.c_void_p(torch.cuda.current_stream().cuda_stream))
+    function = _functions.get(name) or _bind(name, arguments)
+    status = function(*map(_c_value, arguments), torch.cuda.current_stream().cuda_stream)
     if status:
+        library = load()
         text = library.ember_error_text() if status < 0 else library.ember_cuda_error_text(status)
         raise KernelError(f"ember_{name}: {text.decode()}")
+
+
+_functions: dict[str, Any] = {}
+
+
+def _c_value(argument: Argument) -> Any:
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    if isinstance(argument, torch.dtype):
+        if argument not in DTYPES:
+            raise KernelError(f"no kernel computes in {argument}; there are {', '.join(map(str, DTYPES))}")
+        return DTYPES[argument]
+    return argument
+
+
+def _bind(name: str, arguments: tuple[Argument, ...]) -> Any:
+    """The C function with its types set, so that a call converts plain Python values."""
+    function = getattr(load(), f"ember_{name}")
+    function.argtypes = [*map(_c_type, arguments), ctypes.c_void_p]
+    _functions[name] = function
+    return function
+
+
+def _c_type(argument: Argument) -> type[ctypes.c_void_p] | type[ctypes.c_int64] | type[ctypes.c_float]:
+    if isinstance(argument, float):
+        return ctypes.c_float
+    return ctypes.c_int64 if isinstance(argument, int | torch.dtype) else ctypes.c_void_p

@@ -1,0 +1,134 @@
+// One pass over qkv: q and k are normed per head and rotated, q goes out, k and v go to their slots of the cache.
+//
+// A head's first and second half rotate against each other (Su et al. 2021, section 3.4.2, halves instead of pairs),
+// so a thread holds kWidth elements of the first half and the same of the second; the threads of a head sum their
+// squares by shuffles.
+#include "vector.cuh"
+
+namespace ember {
+
+template <class T>
+struct RopeWrite {
+  const T* qkv;  // [tokens, (heads + 2 * kv_heads) * head_dim]
+  int64_t qkv_stride;
+  const T *q_weight, *k_weight;  // [head_dim]
+  float eps;
+  const float* table;        // [positions, 2, head_dim / 2]
+  const int64_t *positions, *slots;  // [tokens]
+  T* q;                      // [tokens, heads, head_dim]
+  T *k_cache, *v_cache;      // [slots, kv_heads, head_dim]
+  int64_t k_stride, v_stride;  // elements between slots
+  int heads, kv_heads, head_dim;
+  int group_shift;  // log2 of the threads of a head
+};
+
+// One head's pieces of a thread: weight * (x * factor), rounded twice, then rotated in float32. The products are
+// rounded one by one, as torch does, so that 16-bit results equal the reference's.
+template <class T, int kWidth>
+__device__ __forceinline__ void norm_and_rotate(Vector<T, kWidth>& first, Vector<T, kWidth>& second, float factor,
+                                                const Vector<T, kWidth>& weight_first,
+                                                const Vector<T, kWidth>& weight_second, const float* cosine,
+                                                const float* sine) {
+#pragma unroll
+  for (int i = 0; i < kWidth; i += 4) {
+    const auto cos4 = load_vector<4>(cosine + i), sin4 = load_vector<4>(sine + i);
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      const float w1 = to_float(weight_first.values[i + j]), w2 = to_float(weight_second.values[i + j]);
+      const T x1 = from_float<T>(to_float(first.values[i + j]) * factor);
+      const T x2 = from_float<T>(to_float(second.values[i + j]) * factor);
+      const float a = to_float(from_float<T>(w1 * to_float(x1))), b = to_float(from_float<T>(w2 * to_float(x2)));
+      const float c = cos4.values[j], s = sin4.values[j];
+      first.values[i + j] = from_float<T>(__fsub_rn(__fmul_rn(a, c), __fmul_rn(b, s)));
+      second.values[i + j] = from_float<T>(__fadd_rn(__fmul_rn(b, c), __fmul_rn(a, s)));
+    }
+  }
+}
+
+template <class T, int kWidth>
+__global__ void __launch_bounds__(512) rope_write_kernel(const RopeWrite<T> op) {
+  const int64_t token = blockIdx.x;
+  const int head = (int)(blockIdx.y * (blockDim.x >> op.group_shift) + (threadIdx.x >> op.group_shift));
+  const int half = op.head_dim / 2, at = (threadIdx.x & ((1 << op.group_shift) - 1)) * kWidth;
+  const bool active = head < op.heads + 2 * op.kv_heads && at < half;
+  const bool is_q = head < op.heads, is_v = head >= op.heads + op.kv_heads;
+  Vector<T, kWidth> first, second, weight_first, weight_second;
+  if (active && !is_v) {
+    const T* weight = (is_q ? op.q_weight : op.k_weight) + at;
+    weight_first = load_vector<kWidth>(weight);
+    weight_second = load_vector<kWidth>(weight + half);
+  }
+  wait_for_predecessor();
+  let_successor_start();
+  int64_t position = 0, slot = 0;
+  float squares = 0.0f;
+  if (active) {
+    const T* from = op.qkv + token * op.qkv_stride + head * op.head_dim + at;
+    first = load_vector<kWidth>(from);
+    second = load_vector<kWidth>(from + half);
+    position = op.positions[token];
+    if (!is_q) slot = op.slots[token];
+#pragma unroll
+    for (int i = 0; i < kWidth; i++) {
+      const float a = to_float(first.values[i]), b = to_float(second.values[i]);
+      squares += a * a + b * b;
+    }
+  }
+  for (int offset = 1 << op.group_shift >> 1; offset > 0; offset /= 2) {
+    squares += __shfl_xor_sync(0xffffffffu, squares, offset);
+  }
+  if (!active) return;
+  if (!is_v) {
+    const float factor = rsqrtf(squares / (float)op.head_dim + op.eps);
+    const float* cosine = op.table + position * op.head_dim + at;
+    norm_and_rotate(first, second, factor, weight_first, weight_second, cosine, cosine + half);
+  }
+  T* to = is_q   ? op.q + (token * op.heads + head) * op.head_dim
+          : is_v ? op.v_cache + slot * op.v_stride + (head - op.heads - op.kv_heads) * op.head_dim
+                 : op.k_cache + slot * op.k_stride + (head - op.heads) * op.head_dim;
+  store_vector(to + at, first);
+  store_vector(to + at + half, second);
+}
+
+template <class T, int kWidth>
+int launch_rope_write(RopeWrite<T> op, int64_t tokens, cudaStream_t stream) {
+  const int all = op.heads + 2 * op.kv_heads;
+  while ((1 << op.group_shift) * kWidth * 2 < op.head_dim) op.group_shift++;
+  const int64_t threads = round_up((int64_t)all << op.group_shift, 32);
+  const dim3 block((unsigned)(threads < 512 ? threads : 512));
+  const dim3 grid((unsigned)tokens, (unsigned)ceil_div(all, block.x >> op.group_shift));
+  return launch(rope_write_kernel<T, kWidth>, grid, block, 0, stream, op);
+}
+
+}  // namespace ember
+
+// Shapes as in the struct above; strides in elements. head_dim is a multiple of 8 up to 256.
+EMBER_API int ember_qk_norm_rope_write(const void* qkv, int64_t qkv_stride, const void* q_weight, const void* k_weight,
+                                       float eps, const void* table, const void* positions, void* k_cache,
+                                       int64_t k_stride, void* v_cache, int64_t v_stride, const void* slots, void* q,
+                                       int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                                       int64_t dtype, cudaStream_t stream) {
+  using namespace ember;
+  EMBER_DISPATCH(dtype, {
+    RopeWrite<scalar> op = {(const scalar*)qkv,
+                            qkv_stride,
+                            (const scalar*)q_weight,
+                            (const scalar*)k_weight,
+                            eps,
+                            (const float*)table,
+                            (const int64_t*)positions,
+                            (const int64_t*)slots,
+                            (scalar*)q,
+                            (scalar*)k_cache,
+                            (scalar*)v_cache,
+                            k_stride,
+                            v_stride,
+                            (int)heads,
+                            (int)kv_heads,
+                            (int)head_dim,
+                            0};
+    if (kWide<scalar> == 8 && head_dim % 16 == 0) return launch_rope_write<scalar, kWide<scalar>>(op, tokens, stream);
+    return launch_rope_write<scalar, 4>(op, tokens, stream);
+  })
+  return 0;
+}
