@@ -1,0 +1,435 @@
+// y = x W^T for 1 to 16 rows of x: a stream of weights with a little arithmetic on the side.
+//
+// The weight's rows are the 16-row operand of mma.m16n8k16 and x's rows its columns, so that any number of rows up to
+// 16 costs the same weight traffic. A warp owns the same columns of W in every row tile: its part of x stays in
+// registers for the whole kernel, and its weights come through a ring in shared memory that no other warp touches, so
+// the stream needs no barrier. The warps' sums meet once a row tile, in a fixed order.
+//
+// The order of additions behind one y depends on the width of W alone: not on how many rows x has, on where a row
+// stands in a tile, or on the GPU.
+#pragma once
+
+#include "common.cuh"
+
+namespace ember::skinny {
+
+constexpr int kWarps = 8;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kTileRows = 16;
+constexpr int kUnit = 64;                          // columns of W that a warp takes at a time: 128 bytes of a row
+constexpr int kUnitBytes = kTileRows * kUnit * 2;  // of one row tile
+constexpr int kSteps = 5;                          // units of a row tile whose x a warp holds in registers
+constexpr int kSegmentUnits = kWarps * kSteps;     // wider weights are walked through in segments
+constexpr int kBlockTiles = 8;                     // row tiles that share one reading of x's segments
+constexpr int kSumPitch = 20;                      // floats between columns of a warp's sums: no bank is hit twice
+
+struct Problem {
+  const void *x, *residual, *norm_weight, *weight, *bias;  // residual, norm_weight and bias may be null
+  void *y, *residual_out;
+  int rows, in, out;                   // out: columns of y, half the rows of a weight that holds gate and up
+  int segments, segment_units, steps;  // how the weight's width is walked through
+  int cluster;                         // CTAs that share the segments of the same rows: 1 or segments
+  int swiglu;
+  float eps;
+  int prefetch_tiles, early, evict;  // tuning
+};
+
+template <class T>
+struct Pair;
+template <>
+struct Pair<bf16> {
+  static __device__ __forceinline__ float2 unpack(uint32_t pair) {
+    return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
+  }
+  static __device__ __forceinline__ uint32_t pack(float2 values) {
+    __nv_bfloat162 pair = __float22bfloat162_rn(values);
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
+  // c += A B with A 16x16, B 16x8 (PTX ISA, "Matrix Fragments for mma.m16n8k16").
+  static __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                             uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  }
+};
+template <>
+struct Pair<fp16> {
+  static __device__ __forceinline__ float2 unpack(uint32_t pair) {
+    return __half22float2(reinterpret_cast<const __half2&>(pair));
+  }
+  static __device__ __forceinline__ uint32_t pack(float2 values) {
+    __half2 pair = __float22half2_rn(values);
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
+  static __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                             uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  }
+};
+
+// Four pairs of x as they go: x + residual rounded to T; the same times the row's 1/rms, rounded, times the norm's
+// weight, rounded (the roundings of cuda_ext/rms_norm.py).
+template <class T>
+__device__ __forceinline__ uint4 add4(uint4 a, uint4 b) {
+  auto add = [](uint32_t x, uint32_t y) {
+    const float2 u = Pair<T>::unpack(x), v = Pair<T>::unpack(y);
+    return Pair<T>::pack(make_float2(u.x + v.x, u.y + v.y));
+  };
+  return make_uint4(add(a.x, b.x), add(a.y, b.y), add(a.z, b.z), add(a.w, b.w));
+}
+template <class T>
+__device__ __forceinline__ float squares4(float sum, uint4 a) {
+  const uint32_t pairs[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 v = Pair<T>::unpack(pairs[i]);
+    sum = fmaf(v.y, v.y, fmaf(v.x, v.x, sum));
+  }
+  return sum;
+}
+template <class T>
+__device__ __forceinline__ uint4 scale4(uint4 a, float scale, uint4 weight) {
+  auto one = [scale](uint32_t x, uint32_t w) {
+    float2 v = Pair<T>::unpack(x);
+    v = Pair<T>::unpack(Pair<T>::pack(make_float2(v.x * scale, v.y * scale)));
+    const float2 u = Pair<T>::unpack(w);
+    return Pair<T>::pack(make_float2(v.x * u.x, v.y * u.y));
+  };
+  return make_uint4(one(a.x, weight.x), one(a.y, weight.y), one(a.z, weight.z), one(a.w, weight.w));
+}
+
+// 16 bytes from global to shared memory; zeros where `valid` is false.
+__device__ __forceinline__ void copy_async(uint32_t shared, const void* global, bool valid, uint64_t policy) {
+  const int bytes = valid ? 16 : 0;
+  if (policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared), "l"(global),
+                 "r"(bytes), "l"(policy)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes)
+                 : "memory");
+  }
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+__device__ __forceinline__ uint4 load_shared(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+  return v;
+}
+
+// Clusters (compute capability 9.0): CTAs that meet, and read one another's shared memory.
+__device__ __forceinline__ void meet_cluster() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release;\n barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ float load_of_rank(const float* shared, int rank) {
+  float v = 0;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"((uint32_t)__cvta_generic_to_shared(shared)), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
+#endif
+  return v;
+}
+
+// The place in a CTA's walk over its rows: blocks of row tiles, in a block segments of the width, in a segment the
+// tiles, in a tile a warp's units.
+struct Walk {
+  int tiles, segments, steps, block_tiles;
+  int block = 0, segment = 0, tile = 0, step = 0;
+
+  __device__ __forceinline__ Walk(int tiles, const Problem& p)
+      : tiles(tiles), segments(p.segments / p.cluster), steps(p.steps), block_tiles(p.segments == 1 ? tiles : kBlockTiles) {}
+  __device__ __forceinline__ bool done() const { return block >= tiles; }
+  __device__ __forceinline__ void next() {
+    if (++step < steps) return;
+    step = 0;
+    const int end = min(block + block_tiles, tiles);
+    if (++tile < end) return;
+    if (++segment == segments) {
+      segment = 0;
+      block = end;
+    }
+    tile = block;
+  }
+};
+
+template <class T, int kHalves, int kDepth>
+struct Layout {
+  static constexpr int kColumns = 8 * kHalves;
+  static constexpr int kSumFloats = kColumns * kSumPitch;  // of one warp and row tile
+  static constexpr int kRing = kWarps * kDepth * kUnitBytes;
+  static constexpr int kSums = 2 * kWarps * kSumFloats * 4;
+  static constexpr int kKept = kBlockTiles * kTileRows * kColumns * 4;
+  static constexpr int kSquares = kWarps * kColumns * 4;
+  static constexpr int kBytes = kRing + kSums + kKept + kSquares;
+};
+
+// kHalves: x has up to 8 rows a half. kDepth: units of a warp's ring.
+template <class T, int kHalves, int kDepth>
+__global__ void __launch_bounds__(kThreads, 2) skinny_linear_kernel(const Problem p) {
+  using L = Layout<T, kHalves, kDepth>;
+  extern __shared__ __align__(128) char shared[];
+  float* sums = reinterpret_cast<float*>(shared + L::kRing);
+  float* kept = reinterpret_cast<float*>(shared + L::kRing + L::kSums);
+  float* squares = reinterpret_cast<float*>(shared + L::kRing + L::kSums + L::kKept);
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int group = lane / 4, quad = lane % 4;
+  const int rank = blockIdx.x % p.cluster;  // the segment of a CTA that has only one, else 0
+  const int share = blockIdx.x / p.cluster, shares = gridDim.x / p.cluster;
+  const int first = (int)((int64_t)p.out * share / shares), last = (int)((int64_t)p.out * (share + 1) / shares);
+  const int full = p.swiglu ? kTileRows / 2 : kTileRows;
+  const int tiles = (last - first + full - 1) / full;
+  const int tile_rows = (last - first + tiles - 1) / tiles;
+
+  if (p.early) let_successor_start();
+
+  // The stream of weights. A lane copies 16 bytes of rows lane / 8 + 4 i of a unit; the upper 8 rows of a tile are
+  // the up rows where W holds gate and up. Odd rows are stored with their halves exchanged: a quarter of a warp then
+  // reads from all banks.
+  const uint32_t ring = (uint32_t)__cvta_generic_to_shared(shared) + warp * kDepth * kUnitBytes;
+  const int lane_row = lane / 8, piece = lane % 8;
+  const uint32_t put = lane_row * 128 + ((piece ^ ((lane_row & 1) * 4)) * 16);
+  const T* weight = static_cast<const T*>(p.weight);
+  const int64_t upper = (int64_t)p.in * (p.swiglu ? p.out : 8);
+  const int upper_row = p.swiglu ? 0 : 8;
+  uint64_t policy = 0;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if (p.evict) asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+#endif
+  Walk ahead(tiles, p);
+  uint32_t slot = 0;
+  auto fetch = [&] {
+    if (!ahead.done()) {
+      const int unit = ahead.step * kWarps + warp;
+      const int column = ((rank + ahead.segment) * p.segment_units + unit) * kUnit + piece * 8;
+      const bool inside = unit < p.segment_units && column < p.in;
+      const int begin = first + ahead.tile * tile_rows;
+      const int end = min(begin + tile_rows, last);
+      const T* source = weight + (int64_t)(begin + lane_row) * p.in + column;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = lane_row + (i & 1) * 4 + (i / 2) * upper_row;
+        const bool valid = inside && begin + row < end;
+        const T* place = source + (i & 1) * 4 * (int64_t)p.in + (i / 2) * upper;
+        copy_async(ring + slot + put + i * 512, valid ? place : weight, valid, policy);
+      }
+      ahead.next();
+      if (!p.early && ahead.done()) let_successor_start();
+    }
+    commit_copies();
+    slot = slot + kUnitBytes == kDepth * kUnitBytes ? 0 : slot + kUnitBytes;
+  };
+#pragma unroll 1
+  for (int i = 0; i < kDepth; ++i) fetch();
+  // `slot` has come round: it is the oldest unit's, and the next one's to fill once that is used up.
+
+  const T* norm_weight = static_cast<const T*>(p.norm_weight);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if (threadIdx.x < p.prefetch_tiles * kTileRows) {
+    const int at = 1 + threadIdx.x / kTileRows;  // tiles come segment by segment; the first is in the ring
+    const int segment = rank + at / tiles, tile = at % tiles, row = threadIdx.x % kTileRows;
+    const int begin = first + tile * tile_rows, end = min(begin + tile_rows, last);
+    const int y_row = begin + (p.swiglu ? row % 8 : row);
+    if (at / tiles < p.segments / p.cluster && y_row < end) {
+      const int column = segment * p.segment_units * kUnit;
+      const T* place = weight + (int64_t)y_row * p.in + column + (p.swiglu && row >= 8 ? upper : 0);
+      const int bytes = min(p.segment_units * kUnit, p.in - column) * 2;
+      asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(place), "r"(bytes) : "memory");
+    }
+  }
+  if (norm_weight != nullptr) {
+    for (int i = threadIdx.x * 8; i < p.in; i += kThreads * 8) {
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(norm_weight + i));
+    }
+  }
+#endif
+  wait_for_predecessor();
+
+  // x: a lane holds rows `group` and `group + 8`, and of each unit the pieces `quad` and `quad + 4`.
+  uint4 held[kHalves][kSteps][2];
+  auto load_x = [&](int segment) {
+    const T* x = static_cast<const T*>(p.x);
+    const T* residual = static_cast<const T*>(p.residual);
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int unit = step * kWarps + warp;
+          const int column = (segment * p.segment_units + unit) * kUnit + (quad + 4 * i) * 8;
+          const int row = half * 8 + group;
+          held[half][step][i] = make_uint4(0, 0, 0, 0);
+          if (row < p.rows && unit < p.segment_units && column < p.in) {
+            // Past the L1 cache, which may hold what stood here before the predecessor wrote.
+            const int64_t at = (int64_t)row * p.in + column;
+            uint4 v = __ldcg(reinterpret_cast<const uint4*>(x + at));
+            if (residual != nullptr) v = add4<T>(v, __ldcg(reinterpret_cast<const uint4*>(residual + at)));
+            held[half][step][i] = v;
+          }
+        }
+      }
+    }
+  };
+  float scale[kHalves];
+  auto normalize = [&](int segment) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int unit = step * kWarps + warp;
+        const int column = (segment * p.segment_units + unit) * kUnit + (quad + 4 * i) * 8;
+        if (unit < p.segment_units && column < p.in) {
+          const uint4 w = __ldg(reinterpret_cast<const uint4*>(norm_weight + column));
+#pragma unroll
+          for (int half = 0; half < kHalves; ++half) {
+            held[half][step][i] = scale4<T>(held[half][step][i], scale[half], w);
+          }
+        }
+      }
+    }
+  };
+  if (norm_weight != nullptr) {
+    float square[kHalves] = {};
+    for (int segment = 0; segment < p.segments; ++segment) {
+      load_x(segment);
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            square[half] = squares4<T>(square[half], held[half][step][i]);
+            const int unit = step * kWarps + warp, row = half * 8 + group;
+            const int column = (segment * p.segment_units + unit) * kUnit + (quad + 4 * i) * 8;
+            if (blockIdx.x == 0 && p.residual_out != nullptr && row < p.rows && unit < p.segment_units &&
+                column < p.in) {
+              T* place = static_cast<T*>(p.residual_out) + (int64_t)row * p.in + column;
+              *reinterpret_cast<uint4*>(place) = held[half][step][i];
+            }
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      square[half] += __shfl_xor_sync(~0u, square[half], 1);
+      square[half] += __shfl_xor_sync(~0u, square[half], 2);
+      if (quad == 0) squares[(half * 8 + group) * kWarps + warp] = square[half];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      float total = 0;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) total += squares[(half * 8 + group) * kWarps + w];
+      scale[half] = rsqrtf(total / p.in + p.eps);
+    }
+  }
+
+  // One thread makes one y (with SwiGLU one of two, of its gate in lanes 0 to 7 and 16 to 23).
+  const int row = threadIdx.x % kTileRows, column = threadIdx.x / kTileRows;
+  auto emit = [&](int tile, float v) {
+    const int begin = first + tile * tile_rows, end = min(begin + tile_rows, last);
+    T* y = static_cast<T*>(p.y) + (int64_t)column * p.out + begin + row;
+    const bool mine = column < p.rows && begin + row < end;
+    if (p.swiglu) {
+      const float up = to_float(from_float<T>(__shfl_down_sync(~0u, v, 8)));
+      const float gate = to_float(from_float<T>(v));
+      const float silu = to_float(from_float<T>(gate / (1.0f + expf(-gate))));
+      if (mine && row < 8) *y = from_float<T>(silu * up);
+    } else if (mine) {
+      if (p.bias != nullptr) v += to_float(static_cast<const T*>(p.bias)[begin + row]);
+      *y = from_float<T>(v);
+    }
+  };
+
+  Walk at(tiles, p);
+  int loaded = -1;
+  int turn = 0;
+  while (!at.done()) {
+    if (loaded != at.segment) {
+      if (norm_weight == nullptr || p.segments > 1) load_x(rank + at.segment);
+      if (norm_weight != nullptr) normalize(rank + at.segment);
+      loaded = at.segment;
+    }
+    float c[kHalves][2][4] = {};
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      if (step < p.steps) {
+        wait_copies<kDepth - 1>();
+        __syncwarp();
+        uint4 w[2][2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const uint32_t from = ring + slot + group * 128 + (((quad + 4 * i) ^ ((group & 1) * 4)) * 16);
+          w[i][0] = load_shared(from);
+          w[i][1] = load_shared(from + 8 * 128);
+        }
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const uint4 x = held[half][step][i];
+            Pair<T>::mma(c[half][i], w[i][0].x, w[i][1].x, w[i][0].y, w[i][1].y, x.x, x.y);
+            Pair<T>::mma(c[half][i], w[i][0].z, w[i][1].z, w[i][0].w, w[i][1].w, x.z, x.w);
+          }
+        }
+        __syncwarp();
+        fetch();
+      }
+    }
+
+    float* mine = sums + (turn * kWarps + warp) * L::kSumFloats;
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        mine[(half * 8 + quad * 2 + (i & 1)) * kSumPitch + group + (i / 2) * 8] = c[half][0][i] + c[half][1][i];
+      }
+    }
+    __syncthreads();
+    float v = 0;
+    if (column < L::kColumns) {
+      const float* all = sums + turn * kWarps * L::kSumFloats + column * kSumPitch + row;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) v += all[w * L::kSumFloats];
+    }
+    turn ^= 1;
+    if (p.segments == 1) {
+      emit(at.tile, v);
+    } else if (column < L::kColumns) {
+      float& before = kept[((at.tile - at.block) * L::kColumns + column) * kTileRows + row];
+      before = at.segment == 0 ? v : before + v;
+    }
+    const int block = at.block;
+    at.step = p.steps - 1;
+    at.next();
+    if (p.segments > 1 && at.block != block) {  // all segments are through: add them up in their order
+      const int count = min(block + kBlockTiles, tiles) - block;
+      if (p.cluster > 1) meet_cluster();
+      for (int tile = rank; tile < count; tile += p.cluster) {
+        float v = 0;
+        if (column < L::kColumns) {
+          const float* parts = kept + (tile * L::kColumns + column) * kTileRows + row;
+          v = p.cluster == 1 ? *parts : load_of_rank(parts, 0);
+          for (int other = 1; other < p.cluster; ++other) v += load_of_rank(parts, other);
+        }
+        emit(block + tile, v);
+      }
+      if (p.cluster > 1) meet_cluster();  // nobody leaves or goes on while others read here
+    }
+  }
+}
+
+}  // namespace ember::skinny
