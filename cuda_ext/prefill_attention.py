@@ -21,6 +21,9 @@ from cuda_ext.attention import merge_attention
 
 BACKENDS = ("kernel", "cudnn", "torch_flash", "sdpa", "flash_attn")
 
+TILE = 128
+"""Queries, and positions, that the kernel takes at a time."""
+
 CUDNN_GRAIN = 256
 """cuDNN prepares a plan for each new shape, which costs milliseconds of the host: only lengths that are multiples of
 this, and at least 4 of it, go there."""
@@ -35,6 +38,10 @@ class PrefillBatch:
         k_lens: positions of each chunk's sequence so far, its own tokens included, on the host.
         cu_q, cu_k: [chunks + 1] int32, where each chunk starts among the packed queries and the packed positions.
         slots: [sum of k_lens] int64, KV slot of every position of every chunk's sequence, in order.
+        tiles: [tiles, 4] int32, the work of the kernel, longest first: at most TILE consecutive queries of a chunk
+            each, as first packed query, queries, position of the first, packed position 0 of its sequence.
+        run: a power of two up to TILE; the slots of positions i * run to (i + 1) * run - 1 of every sequence, as far
+            as it has them, are consecutive.
     """
 
     q_lens: list[int]
@@ -42,6 +49,8 @@ class PrefillBatch:
     cu_q: Tensor
     cu_k: Tensor
     slots: Tensor
+    tiles: Tensor
+    run: int
 
     @classmethod
     def build(
@@ -59,21 +68,49 @@ class PrefillBatch:
         for chunk, (q_len, k_len) in enumerate(zip(q_lens, k_lens, strict=True)):
             if not 1 <= q_len <= k_len:
                 raise ValueError(f"chunk {chunk} has {q_len} tokens and {k_len} slots: it needs 1 <= tokens <= slots")
-        lengths = np.concatenate([[0], np.cumsum(q_lens), [0], np.cumsum(k_lens)]).astype(np.int32)
-        total = int(lengths[-1])
+        q, k = np.asarray(q_lens, np.int32), np.asarray(k_lens, np.int32)
+        cu_q, cu_k = (np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32) for lengths in (q, k))
+        tiles = _tiles(q, k, cu_q, cu_k)
+        slots = np.concatenate(slots_per_chunk).astype(np.int64, copy=False)
+        parts = [slots.view(np.int32), tiles.reshape(-1), cu_q, cu_k]
         device = torch.device(device)
-        packed = torch.empty(total + len(q_lens) + 1, dtype=torch.int64, pin_memory=device.type == "cuda")
-        np.concatenate(slots_per_chunk, out=packed.numpy()[:total], casting="same_kind")
-        packed[total:].view(torch.int32).numpy()[:] = lengths
-        packed = packed.to(device, non_blocking=True)
-        cu_q, cu_k = packed[total:].view(torch.int32).view(2, -1).unbind(0)
-        return cls(list(q_lens), k_lens, cu_q, cu_k, packed[:total])
+        host = torch.empty(sum(map(len, parts)), dtype=torch.int32, pin_memory=device.type == "cuda")
+        np.concatenate(parts, out=host.numpy())
+        on_device = host.to(device, non_blocking=True).split([len(part) for part in parts])
+        return cls(
+            list(q_lens),
+            k_lens,
+            cu_q=on_device[2],
+            cu_k=on_device[3],
+            slots=on_device[0].view(torch.int64),
+            tiles=on_device[1].view(-1, 4),
+            run=_run(slots, cu_k),
+        )
 
     @property
     def runs(self) -> list[tuple[int, int, int]]:
         """Consecutive chunks of equal lengths: (chunks, q_len, k_len) of each run."""
         pairs = itertools.groupby(zip(self.q_lens, self.k_lens, strict=True))
         return [(len(list(run)), *pair) for pair, run in pairs]
+
+
+def _tiles(q: np.ndarray, k: np.ndarray, cu_q: np.ndarray, cu_k: np.ndarray) -> np.ndarray:
+    """PrefillBatch.tiles, [tiles, 4] int32."""
+    counts = -(-q // TILE)
+    chunk = np.repeat(np.arange(len(q)), counts)
+    first = (np.arange(len(chunk)) - np.repeat(np.cumsum(counts) - counts, counts)) * TILE
+    queries = np.minimum(TILE, q[chunk] - first)
+    position = (k - q)[chunk] + first
+    tiles = np.stack([cu_q[chunk] + first, queries, position, cu_k[chunk]], axis=1).astype(np.int32)
+    return tiles[np.argsort(-(position + queries), kind="stable")]
+
+
+def _run(slots: np.ndarray, cu_k: np.ndarray) -> int:
+    """PrefillBatch.run: the largest power of two that divides every position at which slots do not go on by one."""
+    breaks = np.flatnonzero(np.diff(slots) != 1) + 1
+    places = breaks - cu_k[np.searchsorted(cu_k, breaks, side="right") - 1]
+    together = int(np.bitwise_or.reduce(places, initial=TILE))
+    return together & -together
 
 
 def choose_backend(requested: str, dtype: torch.dtype, head_dim: int, device: str | torch.device) -> tuple[str, str]:

@@ -84,6 +84,36 @@ def test_a_batch_says_where_each_chunk_starts() -> None:
     ]
 
 
+def test_tiles_cover_every_query_once_longest_first() -> None:
+    q_lens, k_lens = [300, 1, 128, 7], [300, 500, 129, 7]
+    batch = PrefillBatch.build(q_lens, [np.arange(n) for n in k_lens], "cpu")
+    seen = {}
+    for first, queries, position, key in batch.tiles.tolist():
+        assert 1 <= queries <= 128
+        for i in range(queries):
+            seen[first + i] = (position + i, key)
+    assert seen == {
+        sum(q_lens[:c]) + i: (k_lens[c] - q_lens[c] + i, sum(k_lens[:c])) for c in range(4) for i in range(q_lens[c])
+    }
+    work = [position + queries for _, queries, position, _ in batch.tiles.tolist()]
+    assert work == sorted(work, reverse=True) and batch.tiles.dtype == torch.int32
+
+
+@pytest.mark.parametrize(
+    ("slots", "run"),
+    [
+        ([np.arange(5)], 128),
+        ([np.arange(300), np.arange(7, 90)], 128),
+        ([np.concatenate((np.arange(64, 80), np.arange(16)))], 16),
+        ([np.concatenate((np.arange(32), np.arange(64, 80), np.arange(9))), np.arange(40)], 16),
+        ([np.arange(40), np.concatenate((np.arange(64, 96), np.arange(5)))], 32),
+        ([np.arange(40), np.array([3, 2, 1])], 1),
+    ],
+)
+def test_runs_of_consecutive_slots(slots: list[np.ndarray], run: int) -> None:
+    assert PrefillBatch.build([1] * len(slots), slots, "cpu").run == run
+
+
 @pytest.mark.parametrize(
     ("q_lens", "k_lens", "words"),
     [
