@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cuda_ext import library
 from cuda_ext.sampling import sample, uniforms
 
 MAX_STOP_IDS = 8
@@ -18,6 +19,9 @@ MAX_STOP_IDS = 8
 
 GOES_ON, STOP, LENGTH, NOT_A_TOKEN = 0, 1, 2, -1
 """Codes of a row after a step; NOT_A_TOKEN: it was padding or finished before, nothing was appended."""
+
+# csrc/sampling.cuh: tokens a chunk; floats of workspace for each, a float4 of sums and the maxima of 32 groups
+_CHUNK, _WORKSPACE_PER_CHUNK = 2048, 4 + 32
 
 
 @dataclass(eq=False)
@@ -147,7 +151,20 @@ def decode_inputs(
     Returns:
         token_ids, positions, kv_slots, each [rows] int64.
     """
-    return decode_inputs_reference(params, state, suffix_blocks, suffix_starts, suffix_lens, block_size, trash_slot)
+    if not suffix_lens.is_cuda:
+        return decode_inputs_reference(params, state, suffix_blocks, suffix_starts, suffix_lens, block_size, trash_slot)
+    rows = len(params.slot)
+    _check_lengths("decode_inputs", rows, suffix_starts=suffix_starts, suffix_lens=suffix_lens)
+    _check_int32(
+        params.slot, params.prompt_len, suffix_blocks, suffix_starts, suffix_lens,
+        state.last_token, state.num_tokens, state.finished,
+    )  # fmt: skip
+    token_ids, positions, kv_slots = (params.seed.new_empty(rows) for _ in range(3))
+    library.launch(
+        "decode_inputs", params.slot, params.prompt_len, state.last_token, state.num_tokens, state.finished,
+        suffix_blocks, suffix_starts, suffix_lens, token_ids, positions, kv_slots, rows, block_size, trash_slot,
+    )  # fmt: skip
+    return token_ids, positions, kv_slots
 
 
 def decode_inputs_reference(
@@ -183,7 +200,16 @@ def embed(embedding: Tensor, token_ids: Tensor) -> Tensor:
     Returns:
         [rows, hidden] in the matrix's dtype.
     """
-    return embed_reference(embedding, token_ids)
+    if not embedding.is_cuda:
+        return embed_reference(embedding, token_ids)
+    if token_ids.dtype != torch.int64 or token_ids.ndim != 1 or not token_ids.is_contiguous():
+        raise ValueError(f"embed: token_ids must be a contiguous row of int64, not {_described(token_ids)}")
+    if embedding.ndim != 2 or not embedding.is_contiguous():
+        raise ValueError(f"embed: the embedding must be a contiguous matrix, not {_described(embedding)}")
+    rows, hidden = len(token_ids), embedding.shape[1]
+    out = embedding.new_empty(rows, hidden)
+    library.launch("embed", embedding, token_ids, out, rows, hidden * embedding.element_size())
+    return out
 
 
 def embed_reference(embedding: Tensor, token_ids: Tensor) -> Tensor:
@@ -207,7 +233,31 @@ def sample_rows(
         tokens [rows] int32; logprob [rows] float32, under the model at temperature 1 (NaN where a logit is NaN or
         +inf); sampling_logprob [rows] float32, under the distribution drawn from (0 for greedy). 0 in padding rows.
     """
-    return sample_rows_reference(logits, logits_rows, params, state)
+    if not logits.is_cuda:
+        return sample_rows_reference(logits, logits_rows, params, state)
+    rows = len(params.slot)
+    if logits.ndim != 2 or not logits.is_contiguous() or logits.dtype not in library.DTYPES:
+        raise ValueError(
+            f"sample_rows: logits must be a contiguous float32, bfloat16 or float16 matrix, not {_described(logits)}"
+        )
+    if logits_rows is None:
+        if len(logits) < rows:
+            raise ValueError(f"sample_rows: {rows} rows cannot draw from {len(logits)} lines without logits_rows")
+    else:
+        _check_lengths("sample_rows", rows, logits_rows=logits_rows)
+        _check_int32(logits_rows)
+    _check_int32(params.slot, params.top_k, params.candidate, state.num_tokens)
+    _check_lengths("sample_rows", rows, temperature=params.temperature, top_k=params.top_k, seed=params.seed)
+    vocab = logits.shape[1]
+    tokens = params.slot.new_empty(rows)
+    logprobs, sampling_logprobs = params.temperature.new_empty(2, rows).unbind(0)
+    workspace = params.temperature.new_empty(rows * -(-vocab // _CHUNK) * _WORKSPACE_PER_CHUNK)
+    library.launch(
+        "sample_rows", logits, logits_rows, params.slot, state.num_tokens, params.temperature, params.top_k,
+        params.top_p, params.min_p, params.seed, params.prompt_hash, params.candidate, tokens, logprobs,
+        sampling_logprobs, workspace, rows, vocab, logits.dtype,
+    )  # fmt: skip
+    return tokens, logprobs, sampling_logprobs
 
 
 def sample_rows_reference(
@@ -244,7 +294,22 @@ def append_tokens(
     Args:
         tokens: [rows] int32. logprobs, sampling_logprobs: [rows] float32.
     """
-    append_tokens_reference(tokens, logprobs, sampling_logprobs, params, state, outputs)
+    if not tokens.is_cuda:
+        append_tokens_reference(tokens, logprobs, sampling_logprobs, params, state, outputs)
+        return
+    rows, (max_steps, capacity) = len(params.slot), outputs.tokens.shape
+    if rows > capacity:
+        raise ValueError(f"append_tokens: the outputs have room for {capacity} rows, the step has {rows}")
+    _check_lengths("append_tokens", rows, tokens=tokens, logprobs=logprobs, sampling_logprobs=sampling_logprobs)
+    _check_int32(
+        tokens, params.slot, params.max_tokens, params.stop_ids, state.last_token, state.num_tokens, state.finished,
+        outputs.tokens, outputs.codes, outputs.step,
+    )  # fmt: skip
+    library.launch(
+        "append_tokens", tokens, logprobs, sampling_logprobs, params.slot, params.max_tokens, params.stop_ids,
+        state.last_token, state.num_tokens, state.finished, outputs.tokens, outputs.logprobs,
+        outputs.sampling_logprobs, outputs.codes, outputs.step, rows, capacity, max_steps,
+    )  # fmt: skip
 
 
 def append_tokens_reference(
@@ -278,3 +343,21 @@ def _row_kinds(params: RowParams, state: SlotState) -> tuple[Tensor, Tensor, Ten
     padding = params.slot < 0
     slot = params.slot.long().clamp(min=0)
     return padding, slot, ~padding & (state.finished[slot] == GOES_ON)
+
+
+def _described(x: Tensor) -> str:
+    return f"{tuple(x.shape)} {x.dtype} with strides {x.stride()}"
+
+
+def _check_lengths(op: str, rows: int, **tensors: Tensor) -> None:
+    for name, x in tensors.items():
+        if len(x) != rows or not x.is_contiguous():
+            raise ValueError(
+                f"{op}: {name} must be contiguous with one entry for each of {rows} rows, not {_described(x)}"
+            )
+
+
+def _check_int32(*tensors: Tensor) -> None:
+    for x in tensors:
+        if x.dtype != torch.int32 or not x.is_contiguous():
+            raise ValueError(f"a decode step's integers must be contiguous int32, not {_described(x)}")
