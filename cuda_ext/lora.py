@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from cuda_ext.library import launch
+
+MAX_PARTS = 3
+MAX_RANK = 256
+"""What the kernels take (``csrc/low_rank.cuh``); beyond it the torch reference computes, on any device."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +35,52 @@ class LoraPart:
     scale: float
 
 
+class PartStruct(ctypes.Structure):
+    """``ember::LoraPart`` of ``csrc/low_rank.cuh``."""
+
+    _fields_ = [
+        ("b", ctypes.c_void_p),
+        ("first_row", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("first_rank", ctypes.c_int64),
+        ("rank", ctypes.c_int64),
+        ("scale", ctypes.c_double),
+    ]
+
+
 @dataclass(frozen=True)
 class FusedLora:
-    """The adapter of one fused linear layer: all A stacked to [sum of r, in], one part a projection."""
+    """The adapter of one fused linear layer: all A stacked to [sum of r, in], one part a projection.
+
+    The parts stand in the order of their rows and do not overlap.
+    """
 
     a: Tensor
     parts: tuple[LoraPart, ...]
+
+    @cached_property
+    def fits_kernels(self) -> bool:
+        """Whether there are no more parts and ranks than the kernels take."""
+        return len(self.parts) <= MAX_PARTS and all(part.b.shape[1] <= MAX_RANK for part in self.parts)
+
+    @cached_property
+    def part_structs(self) -> ctypes.Array[PartStruct]:
+        """The parts as the kernels take them; the tensors may change their values, but not their place.
+
+        Raises:
+            ValueError: a B that does not fit its rows and ranks, is not whole, or is of another dtype than A.
+        """
+        structs = []
+        for part in self.parts:
+            rows, rank = part.last_row - part.first_row, part.last_rank - part.first_rank
+            if part.b.shape != (rows, rank) or part.b.dtype != self.a.dtype or not part.b.is_contiguous():
+                raise ValueError(
+                    f"lora: B of rows {part.first_row} to {part.last_row} and ranks {part.first_rank} to "
+                    f"{part.last_rank} must be [{rows}, {rank}] in {self.a.dtype}, not {tuple(part.b.shape)} in "
+                    f"{part.b.dtype}"
+                )
+            structs.append(PartStruct(part.b.data_ptr(), part.first_row, rows, part.first_rank, rank, part.scale))
+        return (PartStruct * len(structs))(*structs)
 
 
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: FusedLora | None) -> Tensor:
@@ -48,9 +96,41 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: FusedLora 
     """
     y = torch.nn.functional.linear(x, weight, bias)
     if lora is not None:
-        down = torch.nn.functional.linear(x, lora.a)
-        for part in lora.parts:
-            y[:, part.first_row : part.last_row].addmm_(
-                down[:, part.first_rank : part.last_rank], part.b.t(), alpha=part.scale
-            )
+        lora_expand(y, torch.nn.functional.linear(x, lora.a), lora)
     return y
+
+
+def lora_expand(y: Tensor, down: Tensor, lora: FusedLora) -> None:
+    """``y[:, rows of a part] += s * down[:, ranks of the part] @ B^T``, in place, for all parts.
+
+    On the GPU all parts are one kernel, which sums over the ranks in float32 and rounds once.
+
+    Args:
+        y: [tokens, out]; rows may lie apart.
+        down: ``x A^T``, [tokens, sum of r] in y's dtype; rows may lie apart.
+    """
+    if not (y.is_cuda and lora.fits_kernels):
+        return lora_expand_reference(y, down, lora)
+    tokens, width = y.shape
+    ranks = lora.a.shape[0]
+    if down.shape != (tokens, ranks) or down.dtype != y.dtype or lora.a.dtype != y.dtype:
+        raise ValueError(
+            f"lora_expand: y {tuple(y.shape)} {y.dtype} needs down [{tokens}, {ranks}] and A of its dtype, not down "
+            f"{tuple(down.shape)} {down.dtype} and A {lora.a.dtype}"
+        )
+    if y.stride(1) != 1 or down.stride(1) != 1 or (lora.parts and lora.parts[-1].last_row > width):
+        raise ValueError(f"lora_expand: y {tuple(y.shape)} and down must have whole rows, and y all rows of the parts")
+    if tokens and lora.parts:
+        launch(
+            "lora_expand",
+            *(y, y.stride(0), tokens, down, down.stride(0)),
+            *(lora.part_structs, len(lora.parts), y.dtype),
+        )
+
+
+def lora_expand_reference(y: Tensor, down: Tensor, lora: FusedLora) -> None:
+    """:func:`lora_expand` in plain torch, on any device."""
+    for part in lora.parts:
+        y[:, part.first_row : part.last_row].addmm_(
+            down[:, part.first_rank : part.last_rank], part.b.t(), alpha=part.scale
+        )

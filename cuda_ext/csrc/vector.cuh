@@ -26,12 +26,12 @@ __device__ __forceinline__ void store_vector(T* to, const Vector<T, kCount>& vec
 
 // Whether rows of `stride` elements that begin at `pointer` may be read `bytes` at a time; a null pointer may.
 template <class T>
-bool aligned(const T* pointer, int64_t stride, size_t bytes = 16) {
+__host__ __device__ bool aligned(const T* pointer, int64_t stride, size_t bytes = 16) {
   return ((uintptr_t)pointer | (uintptr_t)(stride * (int64_t)sizeof(T))) % bytes == 0;
 }
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll

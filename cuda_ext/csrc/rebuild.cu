@@ -1,0 +1,99 @@
+// live = golden + scale * B . A, for all parts of a fused weight in one launch; rows without a part are copied.
+#include "low_rank.cuh"
+
+namespace ember {
+
+// Rows of the weight that share a part, or that have none (rank 0).
+struct RebuildSegment {
+  const void* b;
+  int64_t first_row, rows, first_rank, chunks;
+  int rank;
+  float scale;
+};
+constexpr int kMaxSegments = 2 * kMaxLoraParts + 1;
+
+template <class T>
+struct Rebuild {
+  T* live;
+  const T* golden;  // both [rows, columns]
+  int64_t columns;
+  const T* a;  // [sum of ranks, columns]
+  int64_t chunk;  // rows a block takes
+  RebuildSegment segments[kMaxSegments];
+};
+
+// blockIdx.x: a tile of columns; blockIdx.y: a chunk of rows of one segment.
+template <class T, int kUnits>
+__global__ void __launch_bounds__(kLowRankThreads, 4) rebuild_kernel(const Rebuild<T> op) {
+  using Tile = LowRankTile<T, kUnits, true>;
+  extern __shared__ __align__(16) unsigned char shared[];
+  int64_t chunk_index = blockIdx.y;
+  RebuildSegment segment = op.segments[0];
+#pragma unroll
+  for (int i = 1; i < kMaxSegments; i++) {
+    if (chunk_index < segment.chunks) break;
+    chunk_index -= segment.chunks;
+    segment = op.segments[i];
+  }
+  LowRank<T> low_rank;
+  low_rank.in = op.golden + segment.first_row * op.columns;
+  low_rank.out = op.live + segment.first_row * op.columns;
+  low_rank.in_stride = low_rank.out_stride = low_rank.right_stride = low_rank.columns = op.columns;
+  low_rank.left = (const T*)segment.b;
+  low_rank.left_stride = low_rank.rank = segment.rank;
+  low_rank.right = op.a + segment.first_rank * op.columns;
+  low_rank.rows = segment.rows;
+  low_rank.scale = segment.scale;
+  low_rank.wide = aligned(op.live, op.columns) && aligned(op.golden, op.columns);
+  low_rank.right_wide = aligned(op.a, op.columns);
+  low_rank.left_pairs = aligned(low_rank.left, segment.rank, 2 * sizeof(T));
+  // A successor may read weights before it waits, so this kernel never lets it start early.
+  wait_for_predecessor();
+  const Tile tile{low_rank, (T*)shared, (int64_t)blockIdx.x * Tile::kColumns};
+  tile.stage();
+  const int64_t first = chunk_index * op.chunk, last = first + op.chunk;
+  low_rank_rows(tile, first, last < segment.rows ? last : segment.rows);
+}
+
+template <class T, int kUnits>
+int launch_rebuild(Rebuild<T> op, int64_t rows, int max_rank, cudaStream_t stream) {
+  using Tile = LowRankTile<T, kUnits, true>;
+  const int64_t tiles = ceil_div(op.columns, Tile::kColumns);
+  int64_t chunks = 0;
+  op.chunk = low_rank_chunk(rows, tiles, Tile::kRows);
+  for (RebuildSegment& segment : op.segments) chunks += segment.chunks = ceil_div(segment.rows, op.chunk);
+  const dim3 grid((unsigned)tiles, (unsigned)chunks);
+  return launch(rebuild_kernel<T, kUnits>, grid, dim3(kLowRankThreads), Tile::shared_bytes(max_rank), stream, op);
+}
+
+}  // namespace ember
+
+// live and golden must not overlap. The parts stand in the order of their rows; they are read before this returns.
+EMBER_API int ember_rebuild_weight(void* live, const void* golden, int64_t rows, int64_t columns, const void* a,
+                                   const ember::LoraPart* parts, int64_t num_parts, int64_t dtype,
+                                   cudaStream_t stream) {
+  using namespace ember;
+  if (num_parts > kMaxLoraParts) return fail("%lld parts, at most %d are possible", (long long)num_parts, kMaxLoraParts);
+  RebuildSegment segments[kMaxSegments] = {};
+  int64_t row = 0;
+  int max_rank = 0, count = 0;
+  for (int64_t i = 0; i < num_parts; i++) {
+    const LoraPart& part = parts[i];
+    if (part.rank > kMaxRank) return fail("rank %lld, at most %d is possible", (long long)part.rank, kMaxRank);
+    if (part.first_row < row) return fail("part %lld begins inside the part before it", (long long)i);
+    if (part.first_row > row) segments[count++] = {nullptr, row, part.first_row - row, 0, 0, 0, 0.0f};
+    segments[count++] = {part.b, part.first_row, part.rows, part.first_rank, 0, (int)part.rank, (float)part.scale};
+    row = part.first_row + part.rows;
+    max_rank = part.rank > max_rank ? (int)part.rank : max_rank;
+  }
+  if (row < rows) segments[count++] = {nullptr, row, rows - row, 0, 0, 0, 0.0f};
+  EMBER_DISPATCH(dtype, {
+    Rebuild<scalar> op = {(scalar*)live, (const scalar*)golden, columns, (const scalar*)a, 0, {}};
+    for (int i = 0; i < count; i++) op.segments[i] = segments[i];
+    if constexpr (sizeof(scalar) == 2) {  // of a high rank only a narrow tile fits into shared memory
+      if (max_rank <= 64) return launch_rebuild<scalar, 2>(op, rows, max_rank, stream);
+    }
+    return launch_rebuild<scalar, 1>(op, rows, max_rank, stream);
+  })
+  return 0;
+}
