@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
+from itertools import islice
 
 import torch
 
 from benchmarks.rollout_rows import Row
-from cuda_ext.attention import DecodeGroups, group_decode_attention
+from cuda_ext.decode_attention import group_decode_attention
+from cuda_ext.decode_groups import build_decode_groups
 from ember_ray.model.qwen3_config import Qwen3Config
+
+BLOCK = 16
+"""Tokens of a KV block, the engine's default."""
 
 L2_BYTES = 256 * 2**20
 """Caches are rotated until they are at least this large together, so that none is still in L2 when its turn comes."""
@@ -20,31 +26,28 @@ CALLS = 8
 
 def layer_calls(row: Row, config: Qwen3Config, device: str, dtype: torch.dtype) -> list[Callable[[], torch.Tensor]]:
     """One attention call for each of several caches with random K and V; every candidate has ``gen`` own tokens."""
-    block = 16
-    slots = row.prompts * row.prompt + row.candidates * -(-row.gen // block) * block
-    shape = (2, slots, config.num_key_value_heads, config.head_dim)
-    copies = max(1, -(-L2_BYTES // (2 * slots * shape[2] * shape[3] * dtype.itemsize))) if device != "cpu" else 1
-    prefix = torch.arange(row.prompts * row.prompt, device=device).view(row.prompts, -1)
-    suffix = torch.arange(row.prompts * row.prompt, slots, device=device).view(row.candidates, -1)[:, : row.gen]
-    rows = torch.arange(row.candidates, device=device).view(row.prompts, row.n)
-    groups = DecodeGroups(
-        rows,
-        torch.arange(row.prompts, device=device).repeat_interleave(row.n),
-        torch.arange(row.n, device=device).repeat(row.prompts),
-        prefix,
-        torch.zeros(prefix.shape, device=device),
-        suffix.contiguous(),
-        torch.zeros(suffix.shape, device=device),
-    )
+    heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    prompt_blocks, own_blocks = -(-row.prompt // BLOCK), -(-row.gen // BLOCK)
+    num_blocks = row.prompts * prompt_blocks + row.candidates * own_blocks
+    # blocks of a sequence lie apart, as in an engine that has run for a while
+    blocks = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(0)).tolist()
+    tables = iter(blocks)
+    prefixes = [list(islice(tables, prompt_blocks)) for _ in range(row.prompts)]
+    suffixes = [list(islice(tables, own_blocks)) for _ in range(row.candidates)]
+    groups = build_decode_groups(
+        prefixes, [row.prompt] * row.prompts, [row.n] * row.prompts, suffixes, [row.gen] * row.candidates,
+        block_size=BLOCK, heads_per_kv_head=heads // kv_heads,
+    ).to(device)  # fmt: skip
+    shape = (2, num_blocks * BLOCK, kv_heads, dim)
+    copies = 1 if device == "cpu" else -(-L2_BYTES // (math.prod(shape) * dtype.itemsize))
     calls = []
     for copy in range(copies):
         generator = torch.Generator(device).manual_seed(copy)
         cache = torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
-        q = torch.empty(row.candidates, config.num_attention_heads, config.head_dim, dtype=dtype, device=device)
-        q.normal_(generator=generator)
+        q = torch.empty(row.candidates, heads, dim, dtype=dtype, device=device).normal_(generator=generator)
 
         def call(q: torch.Tensor = q, cache: torch.Tensor = cache) -> torch.Tensor:
-            return group_decode_attention(q, cache[0], cache[1], groups, config.head_dim**-0.5)
+            return group_decode_attention(q, cache[0], cache[1], groups, dim**-0.5)
 
         calls.append(call)
     return calls

@@ -6,8 +6,8 @@ waits there, which is nobody's work. ``rest`` is the measured step less the othe
 positions and the cache write, SwiGLU, embedding, append of tokens), the gaps between kernels, and between steps. So
 the five add up to the step.
 
-Attention reads prompts and answers in one launch. Its time is shared out by timing that launch alone at the row's
-lengths, once with answers of average length and once with answers of one token.
+Attention over prompts (and over whole pieces of 512 tokens of long answers) is one kernel; that over the ends of
+answers, which also merges the parts, is another and begins beside the first: only what it takes longer is its own.
 """
 
 from __future__ import annotations
@@ -18,23 +18,24 @@ import re
 import statistics
 import tempfile
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.rollout_attention import time_group_attention
 from benchmarks.rollout_engines import EmberEngine, Prompts, Refused
-from benchmarks.rollout_rows import Row
 from ember_ray.model.qwen3_config import Qwen3Config
 
+PARTS = ("gemm", "attention_prefix", "attention_suffix", "sampling", "rest")
+
 CLASSES = {
-    "sampling": r"sample|sampling|softmax|top_?k|top_?p|argmax|radix|sort",
-    "attention": r"attention|attn|fmha|flash|merge_partial",
-    "gemm": r"gemm|gemv|nvjet|cutlass|cublas|xmma|wgmma|splitk|linear|skinny|lora|matmul",
+    "sampling": r"ember::sampling|argmax|softmax|top_?k|radix|sort",
+    "attention_suffix": r"ember::decode::.*finish_kernel",
+    "attention_prefix": r"ember::decode::|attention|attn|fmha|flash",
+    "gemm": r"gemm|gemv|nvjet|cutlass|cublas|xmma|wgmma|splitk|linear|lora|matmul",
 }
-"""Kernel name -> class, the first that matches; all others are ``rest``."""
+"""Kernel name -> part of a step, the first that matches; all others are ``rest``."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def decode_steps(kernels: list[Kernel], least: int) -> list[list[Kernel]]:
     graphs = [group for launch, group in launches.items() if launch >= 0 and len(group) >= least]
     in_graphs = {group[0].launch for group in graphs}
     last_prefill = max(
-        (k.end for k in kernels if k.launch not in in_graphs and kind_of(k.name) in ("gemm", "attention")),
+        (k.end for k in kernels if k.launch not in in_graphs and kind_of(k.name) in ("gemm", "attention_prefix")),
         default=-1.0,
     )
     return [group for group in graphs if group[0].start >= last_prefill]
@@ -95,38 +96,14 @@ def own_times(steps: list[list[Kernel]]) -> tuple[dict[str, float], float]:
     return {name: time / len(spans) / 1e3 for name, time in times.items()}, statistics.fmean(spans) / 1e3
 
 
-def by_kind(times: dict[str, float], prefix_share: float, ms_per_step: float) -> dict[str, float]:
-    """The five parts, which add up to ``ms_per_step``.
-
-    Args:
-        times: milliseconds a step by kernel name.
-        prefix_share: how much of attention goes to prompts.
-    """
-    sums: dict[str, float] = defaultdict(float)
-    for name, time in times.items():
-        sums[kind_of(name)] += time
-    parts = {
-        "gemm": sums["gemm"],
-        "attention_prefix": sums["attention"] * prefix_share,
-        "attention_suffix": sums["attention"] * (1.0 - prefix_share),
-        "sampling": sums["sampling"],
-    }
+def by_kind(times: dict[str, float], ms_per_step: float) -> dict[str, float]:
+    """The five parts, which add up to ``ms_per_step``, from milliseconds a step by kernel name."""
+    parts = {kind: sum(time for name, time in times.items() if kind_of(name) == kind) for kind in PARTS[:-1]}
     return parts | {"rest": ms_per_step - sum(parts.values())}
-
-
-def prefix_share(row: Row, config: Qwen3Config, device: str, dtype: torch.dtype) -> float:
-    """How much of group decode attention goes to prompts, at answers of average length."""
-    average = replace(row, gen=max(2, row.gen // 2))
-    both, shortest = (
-        statistics.median(time_group_attention(case, config, device, dtype, 10))
-        for case in (average, replace(row, gen=1))
-    )
-    return min(1.0, shortest / both)
 
 
 def step_breakdown(
     engine: EmberEngine,
-    row: Row,
     config: Qwen3Config,
     prompts: Prompts,
     ms_per_step: float,
@@ -149,8 +126,7 @@ def step_breakdown(
         profiler.export_chrome_trace(str(path))
         kernels = read_trace(path)
     times, profiled = own_times(decode_steps(kernels, least=3 * config.num_hidden_layers))
-    share = prefix_share(row, config, options.device, getattr(torch, options.dtype))
-    parts = by_kind(times, share, ms_per_step)
+    parts = by_kind(times, ms_per_step)
     longest = sorted(times.items(), key=lambda item: -item[1])[:16]
     return {
         "breakdown": {part: round(time, 4) for part, time in parts.items()},

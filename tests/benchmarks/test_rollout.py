@@ -235,7 +235,13 @@ def test_transformers_serves_the_same_weights(tiny: Path) -> None:
     [
         ("nvjet_tst_128x256_64x4_2x1_v_bz_TNT", "gemm"),
         ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n", "gemm"),
-        ("void cutlass::device_kernel<flash::FlashAttnFwdSm90<...>>", "attention"),
+        ("void ember::skinny::(anonymous namespace)::skinny_linear_kernel<2>(Problem)", "gemm"),
+        ("void ember::lora_expand_kernel<__nv_bfloat16>(LoraExpand<__nv_bfloat16>)", "gemm"),
+        ("void cutlass::device_kernel<flash::FlashAttnFwdSm90<...>>", "attention_prefix"),
+        ("void ember::decode::(anonymous namespace)::split_kernel<128>(Problem)", "attention_prefix"),
+        ("void ember::decode::(anonymous namespace)::finish_kernel<128>(Problem)", "attention_suffix"),
+        ("void ember::sampling::(anonymous namespace)::partials_kernel<float>(Args)", "sampling"),
+        ("void ember::decode_inputs_kernel(int const*, int*)", "rest"),
         ("void at::native::vectorized_elementwise_kernel<4, ...>", "rest"),
     ],
 )
@@ -253,20 +259,21 @@ def test_the_parts_add_up_to_the_step(tmp_path: Path) -> None:
     for launch, start in ((7, 110.0), (8, 210.0), (9, 310.0)):
         events += [
             event("layer_gemm", start, 40.0, launch),
-            event("group_decode_attention_kernel", start + 10.0, 50.0, launch),
+            event("ember::decode::split_kernel", start + 10.0, 45.0, launch),
+            event("ember::decode::finish_kernel", start + 10.0, 50.0, launch),
             event("rms_norm_kernel", start + 65.0, 5.0, launch),
-            event("sample_kernel", start + 70.0, 20.0, launch),
+            event("ember::sampling::draw_kernel", start + 70.0, 20.0, launch),
             event("cudaGraphLaunch", start - 5.0, 3.0, launch, "cuda_runtime"),
         ]
     path = tmp_path / "trace.json"
     path.write_text(json.dumps({"traceEvents": events}))
     kernels = read_trace(path)
-    assert len(kernels) == 13 and all(isinstance(kernel, Kernel) for kernel in kernels)
-    steps = decode_steps(kernels, least=4)
-    assert [len(step) for step in steps] == [4, 4, 4]
+    assert len(kernels) == 16 and all(isinstance(kernel, Kernel) for kernel in kernels)
+    steps = decode_steps(kernels, least=5)
+    assert [len(step) for step in steps] == [5, 5, 5]
     times, span = own_times(steps)
     assert span == pytest.approx(0.1)
-    parts = by_kind(times, 0.75, ms_per_step=0.098)
+    parts = by_kind(times, ms_per_step=0.098)
     assert parts == {
         "gemm": pytest.approx(0.04),
         "attention_prefix": pytest.approx(0.015),
@@ -276,4 +283,4 @@ def test_the_parts_add_up_to_the_step(tmp_path: Path) -> None:
     }
     assert sum(parts.values()) == pytest.approx(0.098)
     with pytest.raises(Refused, match="fewer than two decode steps"):
-        own_times(decode_steps(kernels, least=5))
+        own_times(decode_steps(kernels, least=6))
