@@ -22,6 +22,7 @@ class SamplingParams:
             None takes the engine's own seed and the number of requests seen so far.
         stop_token_ids: tokens that end a candidate beside the model's EOS; the token is kept.
         stop: strings that end a candidate; the text is cut before the first match.
+        detokenize: decode the text of candidates; False leaves it empty (token ids are always there).
         ignore_eos: go on after the model's EOS token (stop_token_ids still end the candidate).
 
     Raises:
@@ -37,6 +38,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    detokenize: bool = True
 
     def __post_init__(self) -> None:
         def need(ok: bool, what: str) -> None:

@@ -1,56 +1,71 @@
 """One pipeline stage inside one process: its layers, its KV blocks, its own copy of the scheduler.
 
-All stages of a pipeline run :meth:`StageEngine.rollout` on the same requests. Per step a stage plans, computes its
-layers and passes the hidden states on; the last one samples and sends tokens and finish codes back to all others.
-Several lanes (micro-batches) are in flight, so that all stages work at once: results of a lane are collected only
-when its next step is due.
+All stages of a pipeline run :meth:`StageEngine.rollout` on the same requests. The scheduler plans, a runner computes:
+op by op and step by step on a CPU and with several stages (:mod:`ember_ray.engine.eager_runner`), in captured CUDA
+graphs and ahead of the host where one GPU holds the whole model (:mod:`ember_ray.engine.cuda_runner`). Several lanes
+(micro-batches) are in flight, so that all stages work at once: results of a lane are collected only when its next
+step is due.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
-from cuda_ext.attention import group_decode_attention, prefill_attention
-from cuda_ext.sampling import sample, uniforms
+from cuda_ext.prefill_attention import choose_backend
 from ember_ray.engine.block_pool import BlockPool
+from ember_ray.engine.cuda_runner import CudaRunner
+from ember_ray.engine.eager_runner import EagerRunner
+from ember_ray.engine.kv_memory import fitting_kv_blocks
 from ember_ray.engine.options import EngineOptions
 from ember_ray.engine.request import Candidate, GenerationRequest
 from ember_ray.engine.scheduler import Scheduler, StepPlan
 from ember_ray.engine.sequence import Sequence as RunningSequence
-from ember_ray.engine.step_inputs import StepInputs, build_step_inputs
+from ember_ray.engine.step_result import StepResult
 from ember_ray.engine.stop_check import StopCheck
 from ember_ray.engine.transport import Transport
 from ember_ray.model.lora import AdapterError, AdapterUpdate
 from ember_ray.model.plan import plan_stages, stage_layers
 from ember_ray.model.qwen3 import StageModel
 from ember_ray.model.qwen3_config import ModelError, read_model_config
-from ember_ray.model.slots import AdapterSlots
+from ember_ray.model.slots import AdapterSlots, MergedWeights
 from ember_ray.model.tokenizer import Tokenizer
 
-ABORTS_PER_STEP = 4
-"""Places for request numbers behind the results of a step; what does not fit waits for the next one."""
+logger = logging.getLogger(__name__)
+
+CPU_KV_BLOCKS = 2048
+"""KV blocks of a stage on a CPU where the options name no number."""
 
 
-@dataclass
-class _StepResult:
-    """What the last stage tells the others of a step: int64 tokens, finish codes and aborted requests (-1: none)."""
+class Runner(Protocol):
+    """Computes plans.
 
-    plan: StepPlan
-    tag: int
-    message: Tensor
-    received: bool
+    Attributes:
+        lookahead: plans of a lane whose results may be on the way when its next one is made.
+        timings: of the last rollout, where the runner measures: prefill_seconds, decode_seconds, decode_steps.
+    """
 
-    def lists(self) -> tuple[list[int], list[int], list[int]]:
-        count = len(self.plan.samples)
-        values = self.message.tolist()
-        return values[:count], values[count : 2 * count], [n for n in values[2 * count :] if n >= 0]
+    lookahead: int
+    timings: dict[str, float]
+
+    def run(self, plan: StepPlan) -> Any:
+        """Starts a plan; returns what collect() needs."""
+
+    def collect(self, pending: Any) -> StepResult:
+        """Waits for a plan's results; plans of a lane are collected in their order."""
+
+    def forget_group(self, number: int) -> None:
+        """A prompt group has ended."""
+
+    def end(self) -> None:
+        """A rollout has ended, well or not."""
 
 
 class StageEngine:
@@ -68,6 +83,7 @@ class StageEngine:
 
     def __init__(self, options: EngineOptions, stage: int, transport: Transport) -> None:
         self.options, self.stage, self.transport = options, stage, transport
+        device = torch.device(options.device)
         self.config = config = read_model_config(options.model)
         split = plan_stages(config, options.layer_split or (config.num_hidden_layers,))
         if transport.world_size != len(split) or transport.rank != stage:
@@ -80,21 +96,32 @@ class StageEngine:
         self.max_model_len = options.max_model_len or limit
         self.dtype = getattr(torch, options.dtype)
         layers = stage_layers(split, stage)
-        self.model = StageModel(options.model, config, layers, self.dtype, options.device, self.max_model_len)
+        if device.type == "cuda":
+            from cuda_ext.device import require_cuda
+
+            require_cuda(device)
+        self.prefill_backend, why = choose_backend(
+            options.prefill_attention, self.dtype, config.head_dim, options.device
+        )
+        logger.info("stage %d: attention over prompts by %s (%s)", stage, self.prefill_backend, why)
+        self.model = StageModel(
+            options.model, config, layers, self.dtype, options.device, self.max_model_len, options.load_format
+        )
         self.is_last = self.model.is_last
         self._stop_check = StopCheck(Tokenizer(options.model), config.eos_token_ids) if self.is_last else None
-        self._slots = AdapterSlots(config, layers, self.dtype, options.device)
-        shape = (
-            len(layers),
-            2,
-            options.num_kv_blocks * options.block_size,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
-        self.kv_cache = torch.zeros(shape, dtype=self.dtype, device=options.device)
+        merged = MergedWeights(layers, self.model.decoder_layers) if options.lora_mode == "merged" else None
+        self._slots = AdapterSlots(config, layers, self.dtype, options.device, merged=merged)
         self.num_lanes = min(options.micro_batches or len(split), options.max_num_seqs)
+        ahead = device.type == "cuda" and len(split) == 1
+        num_blocks = options.num_kv_blocks or (
+            fitting_kv_blocks(options, self.model, self.prefill_backend) if device.type == "cuda" else CPU_KV_BLOCKS
+        )
+        # one block more, which nobody reads: padding rows of a captured graph write there
+        slots = (num_blocks + ahead) * options.block_size
+        shape = (len(layers), 2, slots, config.num_key_value_heads, config.head_dim)
+        self.kv_cache = torch.zeros(shape, dtype=self.dtype, device=options.device)
         self.scheduler = Scheduler(
-            BlockPool(options.num_kv_blocks),
+            BlockPool(num_blocks),
             options.block_size,
             options.max_num_seqs,
             options.max_num_batched_tokens,
@@ -102,8 +129,22 @@ class StageEngine:
             config.vocab_size,
             self.num_lanes,
             options.prefix_sharing,
+            options.num_scheduler_steps if ahead else 1,
+            mixed=not ahead,
         )
-        self._last_hidden: dict[int, Tensor] = {}  # group number -> final-norm output behind its prompt, last stage
+        self._runner: Runner
+        if ahead:
+            assert self._stop_check is not None
+            self._runner = CudaRunner(
+                options, self.model, self._slots, self.kv_cache, self._stop_check, self._take_aborts,
+                self.prefill_backend,
+            )  # fmt: skip
+        else:
+            self._runner = EagerRunner(
+                options, self.model, self._slots, self.kv_cache, self._stop_check, self._take_aborts, transport,
+                self.num_lanes, self.prefill_backend,
+            )  # fmt: skip
+        self._numbers: dict[str, int] = {}
         self._aborts: list[str] = []
         self._lock = threading.Lock()
         self._is_rolling_out = False
@@ -157,18 +198,18 @@ class StageEngine:
             raise RuntimeError("this stage is in a rollout already; one batch at a time")
         seeds = [self._seed(request) for request in requests]
         self.scheduler.add(requests, seeds, self.policy_version)
-        numbers = {request.request_id: number for number, request in enumerate(requests)}
+        self._numbers = {request.request_id: number for number, request in enumerate(requests)}
         with self._lock:
             self._is_rolling_out = True
         try:
-            yield from self._loop(numbers)
+            yield from self._loop()
             self.transport.flush()
         except BaseException:
             self.scheduler.pool.forget()  # a step may have been planned, and its blocks published, but not computed
             raise
         finally:
             self.scheduler.clear()
-            self._last_hidden.clear()
+            self._runner.end()
             with self._lock:
                 self._is_rolling_out = False
                 self._aborts.clear()
@@ -182,6 +223,23 @@ class StageEngine:
         with self._lock:
             if self._is_rolling_out and request_id not in self._aborts:
                 self._aborts.append(request_id)
+
+    @property
+    def implementation(self) -> dict[str, str]:
+        """Which implementations compute: attention over prompts, decode attention, sampling, decode steps."""
+        on_gpu = torch.device(self.options.device).type == "cuda"
+        ahead = isinstance(self._runner, CudaRunner)
+        return {
+            "prefill": self.prefill_backend,
+            "attention": "ember" if on_gpu else "torch",
+            "sampling": "ember" if ahead else "torch",
+            "decode": "eager" if self.options.enforce_eager or not ahead else "cuda_graph",
+        }
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """Seconds of the last rollout on the GPU, see :class:`Runner`."""
+        return self._runner.timings
 
     def counters(self) -> dict[str, float]:
         """Totals since the start, and what is in use now.
@@ -211,145 +269,63 @@ class StageEngine:
         self._requests_seen += 1
         return (seed + 2**63) % 2**64 - 2**63
 
-    def _loop(self, numbers: dict[str, int]) -> Iterator[list[Candidate]]:
-        in_flight: dict[int, _StepResult] = {}
-        while self.scheduler.has_work or in_flight:
+    def _loop(self) -> Iterator[list[Candidate]]:
+        in_flight: list[deque[Any]] = [deque() for _ in range(self.num_lanes)]
+        while self.scheduler.has_work or any(in_flight):
             moved = False
-            for lane in range(self.num_lanes):
-                if lane in in_flight:
+            for lane, queue in enumerate(in_flight):
+                while len(queue) > self._runner.lookahead:
                     moved = True
-                    ended = self._finish(in_flight.pop(lane))
-                    if ended:
+                    if ended := self._finish(queue.popleft()):
                         yield ended
                 plan = self.scheduler.schedule(lane)
                 if not plan.is_empty:
                     moved = True
-                    with torch.inference_mode():
-                        in_flight[lane] = self._run(plan, numbers)
+                    queue.append(self._run(plan))
+                elif queue:
+                    moved = True
+                    if ended := self._finish(queue.popleft()):
+                        yield ended
             if not moved:
                 raise RuntimeError("the scheduler stands still with work left; this is a fault of the engine")
 
-    def _run(self, plan: StepPlan, numbers: dict[str, int]) -> _StepResult:
-        """Computes this stage's part of a step; on the last stage the result is there at once, on others to come."""
-        # The peers have what was sent in steps before those in flight, or take it next: this can never wait for long.
-        self.transport.flush(keep=self.num_lanes * (self.transport.world_size - 1))
-        self._steps += 1
-        tag = 2 * self._steps
-        inputs = build_step_inputs(plan, self.options.block_size, self.options.device)
-        hidden = self._forward(inputs, tag)
-        size = 2 * len(plan.samples) + ABORTS_PER_STEP
-        if not self.is_last:
-            return _StepResult(plan, tag, torch.empty(size, dtype=torch.int64), received=False)
-        tokens, codes = self._sample(plan, inputs, hidden)
-        aborts = self._take_aborts(numbers)
-        message = torch.tensor(tokens + codes + aborts, dtype=torch.int64)
-        for stage in range(self.stage):
-            self.transport.send(message, stage, tag + 1)
-        return _StepResult(plan, tag, message, received=True)
+    @torch.inference_mode()
+    def _run(self, plan: StepPlan) -> Any:
+        self._steps += plan.num_steps
+        self._prefill_tokens += plan.num_tokens - len(plan.decodes)
+        return self._runner.run(plan)
 
-    def _forward(self, inputs: StepInputs, tag: int) -> Tensor:
-        tokens = inputs.token_ids.shape[0]
-        if tokens == 0:  # only first tokens, from hidden states that are kept
-            return torch.empty(0, self.config.hidden_size, dtype=self.dtype, device=self.options.device)
-        if self.model.is_first:
-            hidden = self.model.embed(inputs.token_ids)
-        else:
-            hidden = torch.empty(tokens, self.config.hidden_size, dtype=self.dtype, device=self.options.device)
-            self.transport.receive(hidden, self.stage - 1, tag)
-        self._prefill_tokens += inputs.num_prefill_tokens
-        scale, decodes = self.config.head_dim**-0.5, inputs.num_decodes
-
-        def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
-            if inputs.decode_groups is None:
-                return prefill_attention(q, k_cache, v_cache, inputs.prefill_chunks, scale)
-            decoded = group_decode_attention(q[:decodes], k_cache, v_cache, inputs.decode_groups, scale)
-            if not inputs.prefill_chunks:
-                return decoded
-            out = prefill_attention(q, k_cache, v_cache, inputs.prefill_chunks, scale)
-            out[:decodes] = decoded
-            return out
-
-        hidden = self.model.forward(
-            hidden, inputs.positions, inputs.slots, self.kv_cache, attention, self._slots.active
-        )
-        if not self.is_last:
-            self.transport.send(hidden, self.stage + 1, tag)
-        return hidden
-
-    def _sample(self, plan: StepPlan, inputs: StepInputs, hidden: Tensor) -> tuple[list[int], list[int]]:
-        """Draws a token for each sample of the plan; notes its log-probabilities; returns tokens and finish codes."""
-        samples = plan.samples
-        normed = self.model.final_norm(hidden[inputs.hidden_rows])
-        own = normed.shape[0] - len(inputs.last_prompt_groups)
-        for place, group in enumerate(inputs.last_prompt_groups):
-            self._last_hidden.setdefault(group.number, normed[own + place])
-        if not samples:
-            return [], []
-        firsts = [sequence.group.number for sequence in samples[own:]]
-        distinct = {number: own + place for place, number in enumerate(dict.fromkeys(firsts))}
-        rows = torch.cat((normed[:own], *(self._last_hidden[number][None] for number in distinct)))
-        logits = self.model.logits(rows)
-        if len(distinct) < len(firsts):
-            logits = logits[torch.tensor([*range(own), *(distinct[number] for number in firsts)])]
-
-        def column(values: list[float], dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=logits.device)
-
-        params = [sequence.params for sequence in samples]
-        draws = uniforms(
-            torch.tensor([sequence.seed for sequence in samples]),
-            torch.tensor([sequence.group.hash for sequence in samples]),
-            torch.tensor([sequence.index for sequence in samples]),
-            torch.tensor([len(sequence.token_ids) for sequence in samples]),
-        ).to(logits.device)
-        tokens, logprobs, sampling_logprobs = (
-            result.tolist()
-            for result in sample(
-                logits,
-                column([p.temperature for p in params], torch.float32),
-                column([p.top_k for p in params], torch.int64),
-                column([p.top_p for p in params], torch.float32),
-                column([p.min_p for p in params], torch.float32),
-                draws,
-            )
-        )
-        if not all(map(math.isfinite, logprobs)):
-            raise ModelError(
-                f"model folder '{self.options.model}': policy version {self.policy_version} gives logits that are not "
-                f"finite in {self.options.dtype}; use a wider dtype, or go back to an earlier version"
-            )
-        for sequence, logprob, sampling_logprob in zip(samples, logprobs, sampling_logprobs, strict=True):
-            sequence.logprobs.append(logprob)
-            sequence.sampling_logprobs.append(sampling_logprob)
-        assert self._stop_check is not None
-        codes = [self._stop_check.finish_code(s, token) for s, token in zip(samples, tokens, strict=True)]
-        return tokens, codes
-
-    def _take_aborts(self, numbers: dict[str, int]) -> list[int]:
+    def _take_aborts(self, most: int) -> list[int]:
         with self._lock:
-            known = [numbers[name] for name in self._aborts if name in numbers]
-            taken = known[:ABORTS_PER_STEP]
-            self._aborts = [name for name in self._aborts if name in numbers and numbers[name] not in taken]
-        return taken + [-1] * (ABORTS_PER_STEP - len(taken))
+            known = [self._numbers[name] for name in self._aborts if name in self._numbers]
+            taken = known[:most]
+            self._aborts = [name for name in self._aborts if name in self._numbers and self._numbers[name] not in taken]
+        return taken
 
-    def _finish(self, result: _StepResult) -> list[Candidate]:
-        if not result.received:
-            self.transport.receive(result.message, self.transport.world_size - 1, result.tag + 1)
-        tokens, codes, aborts = result.lists()
-        self._generated_tokens += sum(not sequence.finish_code for sequence in result.plan.samples)
-        ended = self.scheduler.finish_step(result.plan, [[token] for token in tokens], codes)
-        for number in aborts:
+    def _finish(self, pending: Any) -> list[Candidate]:
+        result = self._runner.collect(pending)
+        rows = zip(result.plan.samples, result.logprobs, result.sampling_logprobs, strict=self.is_last)
+        for sequence, logprobs, sampling_logprobs in rows:
+            if sequence.finish_code:  # aborted while the step was on the way
+                continue
+            if not all(map(math.isfinite, logprobs)):
+                raise ModelError(
+                    f"model folder '{self.options.model}': policy version {self.policy_version} gives logits that are "
+                    f"not finite in {self.options.dtype}; use a wider dtype, or go back to an earlier version"
+                )
+            sequence.logprobs.extend(logprobs)
+            sequence.sampling_logprobs.extend(sampling_logprobs)
+        self._generated_tokens += sum(
+            len(tokens) for s, tokens in zip(result.plan.samples, result.tokens, strict=True) if not s.finish_code
+        )
+        ended = self.scheduler.finish_step(result.plan, result.tokens, result.finish_codes)
+        for number in result.aborts:
             ended += self.scheduler.abort(number)
-        if self._stop_check is None:
-            return []
         for group in {id(sequence.group): sequence.group for sequence in ended}.values():
             if all(sequence.finish_code for sequence in group.candidates):
-                self._last_hidden.pop(group.number, None)
-        return [self._candidate(sequence) for sequence in ended]
+                self._runner.forget_group(group.number)
+        return [self._candidate(sequence) for sequence in ended] if self.is_last else []
 
     def _candidate(self, sequence: RunningSequence) -> Candidate:
         assert self._stop_check is not None
-        # a step that was on the way when the request was aborted has drawn one token more than is kept
-        count = len(sequence.token_ids)
-        del sequence.logprobs[count:], sequence.sampling_logprobs[count:]
         return sequence.candidate(self._stop_check.text(sequence), self.policy_version)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from cuda_ext.attention import DecodeGroups, PrefillChunk
+from cuda_ext.decode_groups import DecodeArrays, DecodeGroups, build_decode_groups
+from cuda_ext.prefill_attention import PrefillBatch
 from ember_ray.engine.scheduler import StepPlan
 from ember_ray.engine.sequence import PromptGroup, Sequence
+from ember_ray.engine.upload import upload
 
 
 @dataclass(frozen=True)
@@ -21,10 +23,9 @@ class StepInputs:
         token_ids, positions, slots: [tokens] int64.
         num_decodes: how many rows decode.
         decode_groups: None where nothing decodes.
-        prefill_chunks: row ranges over all rows, decodes included.
+        prefill: the other rows; None where there are none.
         hidden_rows: [unique] int64, rows whose hidden state behind the last layer is needed.
         last_prompt_groups: the groups whose last prompt token is in the batch; their rows end hidden_rows.
-        num_prefill_tokens: rows that are not decodes.
     """
 
     token_ids: Tensor
@@ -32,13 +33,9 @@ class StepInputs:
     slots: Tensor
     num_decodes: int
     decode_groups: DecodeGroups | None
-    prefill_chunks: list[PrefillChunk]
+    prefill: PrefillBatch | None
     hidden_rows: Tensor
     last_prompt_groups: list[PromptGroup]
-
-    @property
-    def num_prefill_tokens(self) -> int:
-        return self.token_ids.shape[0] - self.num_decodes
 
 
 def slots_of(block_table: list[int], block_size: int, first: int, last: int) -> np.ndarray:
@@ -47,59 +44,47 @@ def slots_of(block_table: list[int], block_size: int, first: int, last: int) -> 
     return np.asarray(block_table, dtype=np.int64)[places // block_size] * block_size + places % block_size
 
 
-def _padded(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """[rows, longest] of int64 padded with each row's first entry, and the float32 mask of the padding."""
-    lengths = np.array([len(row) for row in rows])
-    width = int(lengths.max())
-    padded = np.empty((len(rows), width), dtype=np.int64)
-    for place, row in enumerate(rows):
-        padded[place, : len(row)] = row
-        padded[place, len(row) :] = row[0]
-    mask = np.where(np.arange(width) < lengths[:, None], 0.0, -np.inf).astype(np.float32)
-    return padded, mask
+def decode_group_arrays(decodes: Seq[Sequence], block_size: int, share: int, counts: Seq[int]) -> DecodeArrays:
+    """Arranges decoding candidates, ordered by group, for attention that reads each group's prefix once.
 
-
-def decode_groups(decodes: list[Sequence], block_size: int, device: str) -> DecodeGroups:
-    """Arranges decoding candidates, ordered by group, for attention that reads each group's prefix once."""
+    Args:
+        share: query heads of a KV head.
+        counts: decode steps that are planned for each candidate; it holds for as many as the most of them.
+    """
     groups: list[PromptGroup] = []
-    row_group, row_place = [], []
+    sizes: list[int] = []
     for sequence in decodes:
-        if not groups or groups[-1] is not sequence.group:
-            groups.append(sequence.group)
-            row_place.append(0)
+        if groups and groups[-1] is sequence.group:
+            sizes[-1] += 1
         else:
-            row_place.append(row_place[-1] + 1)
-        row_group.append(len(groups) - 1)
-    group_rows = np.zeros((len(groups), max(row_place) + 1), dtype=np.int64)
-    group_rows[row_group, row_place] = np.arange(len(decodes))
-    prefix, prefix_mask = _padded([slots_of(g.block_table, block_size, 0, len(g.token_ids)) for g in groups])
-
-    lengths = np.array([sequence.num_computed for sequence in decodes])
-    most_blocks = max(len(sequence.block_table) for sequence in decodes)
-    tables = np.array([s.block_table + s.block_table[:1] * (most_blocks - len(s.block_table)) for s in decodes])
-    width = int(lengths.max())
-    suffix = (tables[:, :, None] * block_size + np.arange(block_size)).reshape(len(decodes), -1)[:, :width]
-    inside = np.arange(width) < lengths[:, None]
-    # positions behind the end point at the first token: never at a slot that nothing was written to
-    suffix = np.where(inside, suffix, suffix[:, :1])
-    suffix_mask = np.where(inside, 0.0, -np.inf).astype(np.float32)
-
-    def tensor(array: np.ndarray | list[int]) -> Tensor:
-        return torch.as_tensor(array, device=device)
-
-    return DecodeGroups(
-        tensor(group_rows),
-        tensor(row_group),
-        tensor(row_place),
-        tensor(prefix),
-        tensor(prefix_mask),
-        tensor(suffix),
-        tensor(suffix_mask),
+            groups.append(sequence.group)
+            sizes.append(1)
+    num_steps = max(counts)
+    lengths = [s.num_computed - count + 1 for s, count in zip(decodes, counts, strict=True)]
+    tables = []
+    for sequence, length in zip(decodes, lengths, strict=True):
+        # one that ends before the last step has no blocks for the rest, and reads none then
+        missing = -(-(length + num_steps - 1) // block_size) - len(sequence.block_table)
+        table = sequence.block_table
+        tables.append(table + table[-1:] * missing if missing > 0 else table)
+    return build_decode_groups(
+        [group.block_table for group in groups],
+        [len(group.token_ids) for group in groups],
+        sizes,
+        tables,
+        lengths,
+        block_size=block_size,
+        heads_per_kv_head=share,
+        steps=num_steps,
     )
 
 
-def build_step_inputs(plan: StepPlan, block_size: int, device: str) -> StepInputs:
-    """Builds the inputs of a planned step (on CPU arrays, then moved to the device in one go each)."""
+def build_step_inputs(plan: StepPlan, block_size: int, share: int, device: str) -> StepInputs:
+    """Builds the inputs of a planned step (on CPU arrays, then moved to the device in one go each).
+
+    Args:
+        share: query heads of a KV head.
+    """
     decodes = plan.decodes
     token_ids = [sequence.token_ids[-1] for sequence in decodes]
     positions = [len(s.group.token_ids) + s.num_computed - 1 for s in decodes]
@@ -110,17 +95,18 @@ def build_step_inputs(plan: StepPlan, block_size: int, device: str) -> StepInput
             dtype=np.int64,
         )
     ]
-    chunks: list[PrefillChunk] = []
+    lengths: list[int] = []
+    contexts: list[np.ndarray] = []
     hidden_rows = list(range(len(decodes)))
     group_rows: list[int] = []
     groups: list[PromptGroup] = []
 
     def add_chunk(tokens: list[int] | tuple[int, ...], first_position: int, context: np.ndarray) -> int:
-        first = len(token_ids)
         token_ids.extend(tokens)
         positions.extend(range(first_position, first_position + len(tokens)))
         slots.append(context[len(context) - len(tokens) :])
-        chunks.append(PrefillChunk(first, len(token_ids), torch.as_tensor(context, device=device)))
+        lengths.append(len(tokens))
+        contexts.append(context)
         return len(token_ids) - 1
 
     for chunk in plan.prompt_chunks:
@@ -141,13 +127,20 @@ def build_step_inputs(plan: StepPlan, block_size: int, device: str) -> StepInput
         end = add_chunk(sequence.token_ids[piece.first : piece.last], len(prompt) + piece.first, context)
         if piece.last == len(sequence.token_ids):
             hidden_rows.append(end)
+    grouped = decode_group_arrays(decodes, block_size, share, plan.counts[: len(decodes)]) if decodes else None
+    tensors = upload(
+        {
+            "token_ids": np.array(token_ids, dtype=np.int64),
+            "positions": np.array(positions, dtype=np.int64),
+            "slots": np.concatenate(slots),
+            "hidden_rows": np.array(hidden_rows + group_rows, dtype=np.int64),
+        },
+        device,
+    )
     return StepInputs(
-        token_ids=torch.tensor(token_ids, dtype=torch.int64, device=device),
-        positions=torch.tensor(positions, dtype=torch.int64, device=device),
-        slots=torch.as_tensor(np.concatenate(slots), device=device),
+        **tensors,
         num_decodes=len(decodes),
-        decode_groups=decode_groups(decodes, block_size, device) if decodes else None,
-        prefill_chunks=chunks,
-        hidden_rows=torch.tensor(hidden_rows + group_rows, dtype=torch.int64, device=device),
+        decode_groups=grouped.to(device) if grouped else None,
+        prefill=PrefillBatch.build(lengths, contexts, device) if lengths else None,
         last_prompt_groups=groups,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 
+from ember_ray.engine.sampling_params import SamplingParams
 from ember_ray.engine.sequence import FINISH_REASONS, Sequence
 from ember_ray.model.tokenizer import Tokenizer
 
@@ -21,16 +22,27 @@ class StopCheck:
     def __init__(self, tokenizer: Tokenizer, eos_token_ids: tuple[int, ...]) -> None:
         self._tokenizer, self._eos = tokenizer, frozenset(eos_token_ids)
 
-    def finish_code(self, sequence: Sequence, token: int) -> int:
+    def stop_ids(self, params: SamplingParams) -> set[int]:
+        """Tokens that end an answer."""
+        return set(params.stop_token_ids) | (set() if params.ignore_eos else self._eos)
+
+    def end(self, sequence: Sequence, tokens: list[int]) -> tuple[int, int]:
+        """How many of the new tokens belong to the answer, and the finish code behind the last of them."""
+        for place in range(len(tokens)):
+            if code := self._finish_code(sequence, tokens[:place], tokens[place]):
+                return place + 1, code
+        return len(tokens), 0
+
+    def _finish_code(self, sequence: Sequence, before: list[int], token: int) -> int:
         """0 to go on. A stop token wins over a stop string, and that over the length."""
         params = sequence.params
         if token in params.stop_token_ids or (token in self._eos and not params.ignore_eos):
             return _STOP
         if params.stop:
-            tail = self._tokenizer.decode([*self._tail(sequence.token_ids, params.stop), token])
+            tail = self._tokenizer.decode([*self._tail([*sequence.token_ids, *before], params.stop), token])
             if any(text in tail for text in params.stop):
                 return _STOP_SEQUENCE
-        if len(sequence.token_ids) + 1 >= sequence.max_tokens:
+        if len(sequence.token_ids) + len(before) + 1 >= sequence.max_tokens:
             return _LENGTH
         return 0
 
@@ -44,7 +56,10 @@ class StopCheck:
         return list(islice(with_text, reach))[::-1]
 
     def text(self, sequence: Sequence) -> str:
-        """The decoded answer without its stop token and without what follows a stop string, that included."""
+        """The decoded answer without its stop token and without what follows a stop string, that included;
+        empty where no text is wanted."""
+        if not sequence.params.detokenize:
+            return ""
         tokens = sequence.token_ids
         if sequence.finish_code == _STOP:
             tokens = tokens[:-1]

@@ -13,11 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cuda_ext.decode_state import embed
 from cuda_ext.lora import FusedLora, lora_linear
 from cuda_ext.rms_norm import add_rms_norm, rms_norm
 from cuda_ext.rope import qk_norm_rope_write, rope_table
+from cuda_ext.skinny_linear import can_skinny, norm_linear, norm_linear_swiglu, skinny_linear
 from cuda_ext.swiglu import swiglu
 from ember_ray.model.checkpoint import Checkpoint
+from ember_ray.model.dummy import dummy_reader
 from ember_ray.model.qwen3_config import Qwen3Config, rope_frequencies
 
 FUSED = {
@@ -71,7 +74,32 @@ class DecoderLayer:
         )
 
     def linear(self, name: str, x: Tensor, lora: LayerLora) -> Tensor:
-        return lora_linear(x, self.weights[name], self.biases.get(name), lora.get(name))
+        weight, bias = self.weights[name], self.biases.get(name)
+        if name not in lora and can_skinny(x, weight):
+            return skinny_linear(x, weight, bias)
+        return lora_linear(x, weight, bias, lora.get(name))
+
+    def norm(self, x: Tensor, residual: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The normalized residual stream, and the stream itself with x added to it."""
+        eps = self.config.rms_norm_eps
+        return (rms_norm(x, weight, eps), x) if residual is None else add_rms_norm(x, residual, weight, eps)
+
+    def qkv(self, x: Tensor, residual: Tensor | None, lora: LayerLora) -> tuple[Tensor, Tensor]:
+        """qkv_proj behind its norm, and the residual stream."""
+        weight = self.weights["qkv_proj"]
+        if "qkv_proj" not in lora and can_skinny(x, weight):
+            eps, bias = self.config.rms_norm_eps, self.biases.get("qkv_proj")
+            return norm_linear(x, residual, self.input_norm, eps, weight, bias)
+        normed, residual = self.norm(x, residual, self.input_norm)
+        return self.linear("qkv_proj", normed, lora), residual
+
+    def gated(self, x: Tensor, residual: Tensor, lora: LayerLora) -> tuple[Tensor, Tensor]:
+        """SwiGLU of gate_up_proj behind its norm, and the residual stream."""
+        weight = self.weights["gate_up_proj"]
+        if "gate_up_proj" not in lora and can_skinny(x, weight):
+            return norm_linear_swiglu(x, residual, self.post_attention_norm, self.config.rms_norm_eps, weight)
+        normed, residual = self.norm(x, residual, self.post_attention_norm)
+        return swiglu(self.linear("gate_up_proj", normed, lora)), residual
 
     def forward(
         self,
@@ -87,15 +115,11 @@ class DecoderLayer:
     ) -> tuple[Tensor, Tensor]:
         """x [tokens, hidden] still to be added to residual (None: x is the residual stream); returns both anew."""
         eps = self.config.rms_norm_eps
-        if residual is None:
-            normed, residual = rms_norm(x, self.input_norm, eps), x
-        else:
-            normed, residual = add_rms_norm(x, residual, self.input_norm, eps)
-        qkv = self.linear("qkv_proj", normed, lora)
+        qkv, residual = self.qkv(x, residual, lora)
         q = qk_norm_rope_write(qkv, self.q_norm, self.k_norm, eps, table, positions, k_cache, v_cache, slots)
         attended = attention(q, k_cache, v_cache).flatten(1)
-        normed, residual = add_rms_norm(self.linear("o_proj", attended, lora), residual, self.post_attention_norm, eps)
-        return self.linear("down_proj", swiglu(self.linear("gate_up_proj", normed, lora)), lora), residual
+        gated, residual = self.gated(self.linear("o_proj", attended, lora), residual, lora)
+        return self.linear("down_proj", gated, lora), residual
 
 
 class StageModel:
@@ -105,6 +129,7 @@ class StageModel:
         folder: Hugging Face folder; only this stage's tensors are read from it.
         layers: which layers, a contiguous range.
         max_positions: length of the rope table.
+        load_format: "auto" reads the checkpoint, "dummy" makes random weights of the right scale on the device.
 
     Raises:
         ModelError: a tensor is missing or has another shape.
@@ -118,34 +143,69 @@ class StageModel:
         dtype: torch.dtype,
         device: str,
         max_positions: int,
+        load_format: str = "auto",
     ) -> None:
         self.config, self.layers, self.dtype, self.device = config, layers, dtype, device
         self.is_first, self.is_last = layers.start == 0, layers.stop == config.num_hidden_layers
-        with Checkpoint(folder) as checkpoint:
-
-            def read(name: str, shape: tuple[int, ...]) -> Tensor:
-                return checkpoint.read(name, shape, dtype, device)
-
-            table = (config.vocab_size, config.hidden_size)
-            self.decoder_layers = [DecoderLayer.load(config, index, read) for index in layers]
-            self.embedding = read("model.embed_tokens.weight", table) if self.is_first else None
-            self.norm = read("model.norm.weight", table[1:]) if self.is_last else None
-            self.lm_head: Tensor | None = None
-            if self.is_last:
-                if not config.tie_word_embeddings:
-                    self.lm_head = read("lm_head.weight", table)
-                elif self.embedding is not None:
-                    self.lm_head = self.embedding
-                else:
-                    self.lm_head = read("model.embed_tokens.weight", table)
-            self.tensors_read = tuple(checkpoint.names_read)
+        if load_format == "dummy":
+            self._load(dummy_reader(config, dtype, device))
+            self.tensors_read: tuple[str, ...] = ()
+        else:
+            with Checkpoint(folder) as checkpoint:
+                self._load(lambda name, shape: checkpoint.read(name, shape, dtype, device))
+                self.tensors_read = tuple(checkpoint.names_read)
         frequencies, factor = rope_frequencies(config)
         self.rope = rope_table(frequencies.to(device), factor, max_positions)
+
+    def _load(self, read: Callable[[str, tuple[int, ...]], Tensor]) -> None:
+        config = self.config
+        table = (config.vocab_size, config.hidden_size)
+        self.decoder_layers = [DecoderLayer.load(config, index, read) for index in self.layers]
+        self.embedding = read("model.embed_tokens.weight", table) if self.is_first else None
+        self.norm = read("model.norm.weight", table[1:]) if self.is_last else None
+        self.lm_head: Tensor | None = None
+        if self.is_last:
+            if not config.tie_word_embeddings:
+                self.lm_head = read("lm_head.weight", table)
+            elif self.embedding is not None:
+                self.lm_head = self.embedding
+            else:
+                self.lm_head = read("model.embed_tokens.weight", table)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """[tokens] int64 -> [tokens, hidden]. First stage only."""
         assert self.embedding is not None
-        return self.embedding[token_ids]
+        return embed(self.embedding, token_ids)
+
+    def run_layers(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        kv_cache: Tensor,
+        attention: Attention,
+        lora: dict[int, LayerLora],
+    ) -> tuple[Tensor, Tensor]:
+        """Runs the stage's layers.
+
+        Args:
+            hidden: [tokens, hidden], the residual stream.
+            positions, slots: [tokens] int64.
+            kv_cache: [layers, 2, num_slots, kv_heads, head_dim], written at slots.
+            lora: adapters by layer index.
+
+        Returns:
+            x and residual, both [tokens, hidden]; their sum is the residual stream behind the last layer. They are
+            apart so that the norm that follows can add them.
+        """
+        residual: Tensor | None = None
+        for place, (index, layer) in enumerate(zip(self.layers, self.decoder_layers, strict=True)):
+            k_cache, v_cache = kv_cache[place].unbind(0)
+            hidden, residual = layer.forward(
+                hidden, residual, lora.get(index, {}), attention, self.rope, positions, k_cache, v_cache, slots
+            )
+        assert residual is not None
+        return hidden, residual
 
     def forward(
         self,
@@ -156,25 +216,9 @@ class StageModel:
         attention: Attention,
         lora: dict[int, LayerLora],
     ) -> Tensor:
-        """Runs the stage's layers.
-
-        Args:
-            hidden: [tokens, hidden], the residual stream.
-            positions, slots: [tokens] int64.
-            kv_cache: [layers, 2, num_slots, kv_heads, head_dim], written at slots.
-            lora: adapters by layer index.
-
-        Returns:
-            The residual stream [tokens, hidden] behind the last layer of the stage.
-        """
-        residual: Tensor | None = None
-        for place, (index, layer) in enumerate(zip(self.layers, self.decoder_layers, strict=True)):
-            k_cache, v_cache = kv_cache[place].unbind(0)
-            hidden, residual = layer.forward(
-                hidden, residual, lora.get(index, {}), attention, self.rope, positions, k_cache, v_cache, slots
-            )
-        assert residual is not None
-        return residual + hidden
+        """As :meth:`run_layers`; returns the residual stream [tokens, hidden] behind the last layer of the stage."""
+        x, residual = self.run_layers(hidden, positions, slots, kv_cache, attention, lora)
+        return residual + x
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """[rows, hidden] -> [rows, hidden]. Last stage only."""
@@ -182,6 +226,16 @@ class StageModel:
         return rms_norm(hidden, self.norm, self.config.rms_norm_eps)
 
     def logits(self, normed: Tensor) -> Tensor:
-        """[rows, hidden] behind the final norm -> [rows, vocab] float32. Last stage only."""
+        """[rows, hidden] behind the final norm -> [rows, vocab] in the model's dtype. Last stage only."""
         assert self.lm_head is not None
-        return torch.nn.functional.linear(normed, self.lm_head).float()
+        if can_skinny(normed, self.lm_head):
+            return skinny_linear(normed, self.lm_head)
+        return torch.nn.functional.linear(normed, self.lm_head)
+
+    def head(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Logits [rows, vocab] of what :meth:`run_layers` gave, in the model's dtype. Last stage only."""
+        assert self.lm_head is not None and self.norm is not None
+        eps = self.config.rms_norm_eps
+        if can_skinny(x, self.lm_head):
+            return norm_linear(x, residual, self.norm, eps, self.lm_head)[0]
+        return self.logits(add_rms_norm(x, residual, self.norm, eps)[0])

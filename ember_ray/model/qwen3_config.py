@@ -53,6 +53,11 @@ class Qwen3Config:
         }
 
     @property
+    def share(self) -> int:
+        """Query heads of a KV head."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+    @property
     def layer_parameters(self) -> int:
         """Parameters of one decoder layer, norms included."""
         linears = sum(rows * columns for rows, columns in self.linear_shapes.values())

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from cuda_ext.lora import FusedLora, LoraPart
+from cuda_ext.rebuild import rebuild_weight
 from ember_ray.model.lora import AdapterError, AdapterUpdate, LoraPair, check_adapter
-from ember_ray.model.qwen3 import FUSED, LayerLora
+from ember_ray.model.qwen3 import FUSED, DecoderLayer, LayerLora
 from ember_ray.model.qwen3_config import Qwen3Config
 
 BASE_VERSION = 0
@@ -36,28 +39,88 @@ def fuse_lora(pairs: dict[str, LoraPair], config: Qwen3Config, dtype: torch.dtyp
     return fused_layers
 
 
+Signature = tuple[object, ...]
+"""What a captured CUDA graph depends on of an adapter: everything but the values of A and B."""
+
+SIGNATURES_KEPT = 2
+"""Shapes of adapters whose places stay: with and without an adapter is two."""
+
+
+def _signature(adapter: dict[int, LayerLora]) -> Signature:
+    return tuple(
+        (index, name, tuple(lora.a.shape), tuple((p.first_row, p.b.shape[1], p.scale) for p in lora.parts))
+        for index, layer in sorted(adapter.items())
+        for name, lora in layer.items()
+    )
+
+
+def _copied(lora: FusedLora) -> FusedLora:
+    parts = [LoraPart(p.first_row, p.last_row, p.first_rank, p.last_rank, p.b.clone(), p.scale) for p in lora.parts]
+    return FusedLora(lora.a.clone(), tuple(parts))
+
+
+class MergedWeights:
+    """Live weights rebuilt from golden ones at each switch: ``W = golden + s B A``, never subtracted from.
+
+    Args:
+        layers: whose weights are live; copies of them are taken now, when no adapter is in them.
+    """
+
+    def __init__(self, indices: range, layers: Sequence[DecoderLayer]) -> None:
+        self._layers = dict(zip(indices, layers, strict=True))
+        self._golden = {
+            index: {name: weight.clone() for name, weight in layer.weights.items()}
+            for index, layer in self._layers.items()
+        }
+        self._merged: dict[int, LayerLora] = {}
+
+    def switch(self, adapter: dict[int, LayerLora]) -> None:
+        """Puts an adapter in the place of the one before; an empty one restores the base to the bit."""
+        for index, layer in self._layers.items():
+            before, after = self._merged.get(index, {}), adapter.get(index, {})
+            for name in before.keys() | after.keys():
+                rebuild_weight(layer.weights[name], self._golden[index][name], after.get(name))
+        self._merged = adapter
+
+
 class AdapterSlots:
     """Versions a stage can serve; one is active. The base model is version 0 and always there.
 
     A new version is staged (checked and copied in) while the old one serves, then committed. Going back is a
     commit of a version that is still resident, and exact: its tensors were never changed.
 
+    The active version's A and B are copied into places that stay, one set for each shape of adapter, so that a CUDA
+    graph that reads them goes on to serve the next version.
+
     Args:
         layers: the stage's own layers; of an update only these are kept, but all of it is checked.
         keep: how many adapters stay resident; the oldest leave, never the active one.
+        merged: where given, the active version is merged into these weights instead of computed beside them.
+
+    Attributes:
+        version: the active one.
+        active: layer index -> fused layer name -> what is computed beside the weights.
+        signature: of active.
     """
 
-    def __init__(self, config: Qwen3Config, layers: range, dtype: torch.dtype, device: str, keep: int = 8) -> None:
+    def __init__(
+        self,
+        config: Qwen3Config,
+        layers: range,
+        dtype: torch.dtype,
+        device: str,
+        keep: int = 8,
+        merged: MergedWeights | None = None,
+    ) -> None:
         self._config, self._layers, self._dtype, self._device, self._keep = config, layers, dtype, device, keep
         self._resident: dict[int, dict[int, LayerLora]] = {BASE_VERSION: {}}
         self._staged: dict[int, dict[int, LayerLora]] = {}
         self._highest = BASE_VERSION
+        self._merged = merged
         self.version = BASE_VERSION
-
-    @property
-    def active(self) -> dict[int, LayerLora]:
-        """Layer index -> fused layer name -> adapter, of the active version."""
-        return self._resident[self.version]
+        self.active: dict[int, LayerLora] = {}
+        self.signature: Signature = ()
+        self._places: dict[Signature, dict[int, LayerLora]] = {(): {}}
 
     @property
     def resident_versions(self) -> list[int]:
@@ -96,6 +159,7 @@ class AdapterSlots:
             known = ", ".join(str(number) for number in self.resident_versions)
             raise AdapterError(f"policy version {version} is not resident (resident: {known})")
         self.version = version
+        self._activate(self._resident[version])
         adapters = [number for number in self.resident_versions if number not in (BASE_VERSION, version)]
         for number in adapters[: max(0, len(adapters) + 1 - self._keep)]:
             del self._resident[number]
@@ -103,3 +167,22 @@ class AdapterSlots:
     def discard(self, version: int) -> None:
         """Forgets a staged version; no error when there is none."""
         self._staged.pop(version, None)
+
+    @torch.inference_mode()
+    def _activate(self, adapter: dict[int, LayerLora]) -> None:
+        if self._merged is not None:
+            return self._merged.switch(adapter)
+        self.signature = _signature(adapter)
+        places = self._places.pop(self.signature, None)
+        if places is None:
+            places = {index: {name: _copied(lora) for name, lora in layer.items()} for index, layer in adapter.items()}
+        else:
+            for index, layer in adapter.items():
+                for name, lora in layer.items():
+                    place = places[index][name]
+                    place.a.copy_(lora.a)
+                    for part, new in zip(place.parts, lora.parts, strict=True):
+                        part.b.copy_(new.b)
+        self._places[self.signature] = self.active = places
+        for old in list(self._places)[:-SIGNATURES_KEPT]:
+            del self._places[old]

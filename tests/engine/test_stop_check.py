@@ -23,13 +23,16 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def feed(tokenizer: Tokenizer, token_ids: list[int], params: SamplingParams) -> tuple[str | None, str, int]:
     """Feeds tokens until one ends the answer; gives the reason, the text and the number of tokens."""
     check = StopCheck(tokenizer, (EOS,))
-    group = PromptGroup((5,), 0, [], 0)
+    group = PromptGroup((5,), 0, 16, 0, False)
     sequence = Sequence(group, 0, "r", 0, 0, params, 0, params.max_tokens)
     for token in token_ids:
-        sequence.finish_code = check.finish_code(sequence, token)
+        _, sequence.finish_code = check.end(sequence, [token])
         sequence.token_ids.append(token)
         if sequence.finish_code:
             break
+    # all at once come to the same end
+    together = Sequence(group, 0, "r", 0, 0, params, 0, params.max_tokens)
+    assert check.end(together, token_ids) == (len(sequence.token_ids), sequence.finish_code)
     return FINISH_REASONS[sequence.finish_code], check.text(sequence), len(sequence.token_ids)
 
 

@@ -1,0 +1,112 @@
+"""The device arrays that captured decode steps read: who the rows are, and where their K and V lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cuda_ext.decode_groups import DecodeArrays, DecodeCapacity, DecodeGroups, build_decode_groups
+from cuda_ext.decode_state import MAX_STOP_IDS, RowParams
+from ember_ray.engine.sequence import Sequence
+from ember_ray.engine.step_inputs import decode_group_arrays
+from ember_ray.engine.upload import DeviceBuffers
+
+_ROW_DTYPES = {
+    "slot": torch.int32,
+    "prompt_len": torch.int32,
+    "max_tokens": torch.int32,
+    "stop_ids": torch.int32,
+    "temperature": torch.float32,
+    "top_k": torch.int32,
+    "top_p": torch.float32,
+    "min_p": torch.float32,
+    "seed": torch.int64,
+    "prompt_hash": torch.int64,
+    "candidate": torch.int32,
+}
+
+
+def _grown(have: DecodeCapacity, need: DecodeCapacity) -> DecodeCapacity:
+    """Twice the need where it is more than there is."""
+    fields = ("prefix_blocks", "suffix_blocks", "items", "partials")
+    more = {name: 2 * getattr(need, name) for name in fields if getattr(need, name) > getattr(have, name)}
+    return replace(have, **more)
+
+
+class DecodeBuffers:
+    """Row parameters and decode groups at fixed places.
+
+    Args:
+        rows: most rows of a step.
+        share: query heads of a KV head.
+    """
+
+    def __init__(self, rows: int, block_size: int, share: int, device: str) -> None:
+        self._rows, self._block_size, self._share, self._device = rows, block_size, share, device
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            name: ((rows, MAX_STOP_IDS) if name == "stop_ids" else (rows,), dtype)
+            for name, dtype in _ROW_DTYPES.items()
+        }
+        self._buffers = DeviceBuffers(shapes | {"step": ((1,), torch.int32)}, device)
+        self._make_groups(DecodeCapacity(rows, rows, 64 * rows, 32 * rows, 8 * rows, 8 * rows))
+        self._next: DecodeArrays | None = None
+        self.clear()
+
+    def _make_groups(self, capacity: DecodeCapacity) -> None:
+        empty = build_decode_groups(
+            [], [], [], [], [], block_size=self._block_size, heads_per_kv_head=self._share, capacity=capacity
+        )
+        self._groups, self._padding = empty.to(self._device), empty
+
+    @property
+    def step(self) -> Tensor:
+        """[1] int32, the step within a plan; 0 after each fill."""
+        return self._buffers.tensors["step"]
+
+    def clear(self) -> None:
+        """Makes all rows padding."""
+        self._fill({"slot": np.empty(0, np.int32)}, self._padding)
+
+    def prepare(self, decodes: Seq[Sequence], counts: Seq[int]) -> tuple[int, bool]:
+        """Arranges the groups of a plan for :meth:`fill`.
+
+        Args:
+            counts: decode steps that are planned for each.
+
+        Returns:
+            The width of the kernel's work items that it needs, a power of two of rows; and whether the buffers had to
+            be made anew, at other places, because they were too small.
+        """
+        arrays = decode_group_arrays(decodes, self._block_size, self._share, counts)
+        moved = not self._groups.capacity.holds(arrays.capacity)
+        if moved:
+            self._make_groups(_grown(self._groups.capacity, arrays.capacity))
+        self._next = arrays.laid_out(self._groups.capacity)
+        return 1 << (self._next.item_rows - 1).bit_length(), moved
+
+    def fill(self, rows: dict[str, np.ndarray]) -> None:
+        """Uploads a plan's rows and the groups that :meth:`prepare` arranged."""
+        assert self._next is not None
+        self._fill(rows, self._next)
+        self._next = None
+
+    def _fill(self, rows: dict[str, np.ndarray], groups: DecodeArrays) -> None:
+        slot = np.full(self._rows, -1, dtype=np.int32)
+        slot[: len(rows["slot"])] = rows["slot"]
+        self._buffers.fill(rows | {"slot": slot, "step": np.zeros(1, np.int32)})
+        staging = torch.from_numpy(groups.storage)
+        if self._groups.storage.is_cuda:
+            staging = staging.pin_memory()
+        self._groups.storage.copy_(staging, non_blocking=True)
+
+    def params(self, rows: int) -> RowParams:
+        """The first rows' parameters."""
+        return RowParams(**{name: self._buffers.tensors[name][:rows] for name in _ROW_DTYPES})
+
+    def groups(self, item_rows: int) -> DecodeGroups:
+        """The groups, for work items of that width."""
+        return replace(self._groups, item_rows=item_rows)
