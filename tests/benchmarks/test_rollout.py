@@ -284,3 +284,17 @@ def test_the_parts_add_up_to_the_step(tmp_path: Path) -> None:
     assert sum(parts.values()) == pytest.approx(0.098)
     with pytest.raises(Refused, match="fewer than two decode steps"):
         own_times(decode_steps(kernels, least=6))
+
+
+@pytest.mark.gpu
+def test_a_step_on_a_gpu_is_broken_down(tmp_path: Path) -> None:
+    output = tmp_path / "rollout.jsonl"
+    call = ["--shape", "tiny", "--device", "cuda", "--output", str(output), "--breakdown"]
+    assert rollout.main([*call, "--rows", "100x8_512_256", "group_attention_100x8_2048_64"]) == 0
+    lines = {line["row"]: line for line in map(json.loads, output.read_text().splitlines())}
+    line = lines["100x8_512_256"]
+    assert sum(line["breakdown"].values()) == pytest.approx(line["ms_per_step"], rel=1e-2)
+    assert set(line["breakdown"]) == {"gemm", "attention_prefix", "attention_suffix", "sampling", "rest"}
+    assert all(line["breakdown"][part] > 0 for part in ("gemm", "attention_prefix", "sampling"))
+    assert line["peak_gib"] > 0 and line["gpus"] == 1 and line["gpu"] != "cpu"
+    assert 0 < lines["group_attention_100x8_2048_64"]["seconds"] < 0.01
