@@ -260,7 +260,7 @@ class Scheduler:
         return ended
 
     def _must_wait(self, lane: int) -> bool:
-        """Whether blocks run short while results are on the way: they may free some, and preempting needs the tokens."""
+        """Whether blocks run short while results are on the way: they may free some, and a victim needs its tokens."""
         running = self.running[lane]
         if not any(sequence.num_pending for sequence in running):
             return False

@@ -1,4 +1,4 @@
-"""The engine on a GPU makes the tokens that it makes on the CPU, with the plain torch ops."""
+"""The engine on a GPU makes the tokens that it makes on the CPU, with one stage or two."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import torch
 from ember_ray.engine.options import EngineOptions
 from ember_ray.engine.request import Candidate, GenerationRequest
 from ember_ray.engine.sampling_params import SamplingParams
-from ember_ray.model.lora import AdapterUpdate
-from ember_ray.model.qwen3_config import read_model_config
+from tests.support.adapters import random_adapter
 from tests.support.qwen3 import make_qwen3, random_prompts
 from tests.support.stages import Pipeline
 
@@ -29,19 +28,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("qwen3")
     make_qwen3(path)
     return path
-
-
-def random_adapter(folder: Path) -> AdapterUpdate:
-    config, generator = read_model_config(folder), torch.Generator().manual_seed(1)
-    tensors, scaling = {}, {}
-    for layer in range(config.num_hidden_layers):
-        for block, name in (("self_attn", "q_proj"), ("self_attn", "v_proj"), ("mlp", "down_proj")):
-            rows, columns = config.linear_shapes[name]
-            path = f"model.layers.{layer}.{block}.{name}"
-            tensors[f"{path}.lora_A.weight"] = torch.randn(4, columns, generator=generator) * 0.2
-            tensors[f"{path}.lora_B.weight"] = torch.randn(rows, 4, generator=generator) * 0.2
-            scaling[path] = 2.0
-    return AdapterUpdate(1, tensors, scaling)
 
 
 def generate(folder: Path, device: str, split: tuple[int, ...]) -> list[dict[tuple[str, int], Candidate]]:

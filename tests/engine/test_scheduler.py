@@ -211,9 +211,7 @@ def test_what_is_planned_ahead_of_the_results_ends_the_same(load: Load, seed: in
     assert scheduler.pool.num_used == 0
     again = drive(load, make(load, num_scheduler_steps=steps, mixed=False), seed, lookahead=lookahead)
     assert again == (log, computed)
-    aborted, _ = drive(
-        load, make(load, num_scheduler_steps=steps, mixed=False), seed, abort="r0", lookahead=lookahead
-    )
+    aborted, _ = drive(load, make(load, num_scheduler_steps=steps, mixed=False), seed, abort="r0", lookahead=lookahead)
     others = {line for line in endings(aborted) if not line.startswith("r0")}
     assert others == {line for line in endings(log) if not line.startswith("r0")}
 

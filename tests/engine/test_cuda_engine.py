@@ -1,0 +1,248 @@
+"""The engine on one GPU: graphs, plans ahead of the results, kernels; against itself, the CPU and transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ember_ray.engine.options import EngineOptions
+from ember_ray.engine.request import Candidate, GenerationRequest
+from ember_ray.engine.sampling_params import SamplingParams
+from ember_ray.engine.stage_engine import StageEngine
+from ember_ray.engine.transport import LoopbackTransport
+from tests.support.adapters import random_adapter
+from tests.support.qwen3 import EOS, make_qwen3, random_prompts
+
+pytestmark = pytest.mark.gpu
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "dim16": {},
+    "dim64": {"head_dim": 64, "num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 256},
+    "dim128": {"head_dim": 128, "num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 512,
+               "intermediate_size": 768, "max_position_embeddings": 4096},
+}  # fmt: skip
+
+PARAMS = [
+    SamplingParams(max_tokens=24, seed=3),
+    SamplingParams(max_tokens=21, seed=3, temperature=0.7, top_k=9, top_p=0.9, min_p=0.01),
+    SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True),
+]
+
+LENGTHS = [5, 37, 64, 16, 16, 17, 90]
+
+Tokens = dict[tuple[str, int], Candidate]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
+    made = {}
+    for name, shape in SHAPES.items():
+        folder = tmp_path_factory.mktemp(name)
+        made[name] = (folder, make_qwen3(folder, **shape))
+    return made
+
+
+def requests(count: int = 4, lengths: Sequence[int] = LENGTHS, **changes: Any) -> list[GenerationRequest]:
+    return [
+        GenerationRequest(f"r{n}", p, tuple(range(count)), replace(PARAMS[n % len(PARAMS)], **changes))
+        for n, p in enumerate(random_prompts(list(lengths)))
+    ]
+
+
+def engine(folder: Path, poison: bool = True, **options: Any) -> StageEngine:
+    roomy = {"num_kv_blocks": 400, "max_num_seqs": 64, "max_num_batched_tokens": 256}
+    made = StageEngine(EngineOptions(str(folder), **({"device": "cuda"} | roomy | options)), 0, LoopbackTransport())
+    if poison:  # what nothing was written to must not be read
+        made.kv_cache.fill_(torch.nan)
+    return made
+
+
+def rollout(made: StageEngine, batch: list[GenerationRequest]) -> Tokens:
+    candidates = [candidate for ended in made.rollout(batch) for candidate in ended]
+    found = {(c.request_id, c.index): c for c in candidates}
+    assert len(found) == len(candidates) == sum(len(request.candidate_indices) for request in batch)
+    return found
+
+
+def tokens(made: Tokens) -> dict[tuple[str, int], list[int]]:
+    return {name: candidate.token_ids for name, candidate in made.items()}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_float32_tokens_do_not_depend_on_how_they_are_computed(folders: dict, shape: str) -> None:
+    folder, _ = folders[shape]
+    expected = tokens(rollout(engine(folder, poison=False, device="cpu"), requests()))
+    tight = {"num_kv_blocks": 24, "max_num_seqs": 12, "max_num_batched_tokens": 32}
+    ways: dict[str, dict[str, Any]] = {
+        "graphs": {},
+        "no graphs": {"enforce_eager": True},
+        "no sharing": {"prefix_sharing": False},
+        "one step a plan": {"num_scheduler_steps": 1},
+        "seven steps a plan": {"num_scheduler_steps": 7},
+        "little memory": tight,
+        "little memory, one step": tight | {"num_scheduler_steps": 1},
+        "blocks of 32": {"block_size": 32},
+    }
+    for way, options in ways.items():
+        made = engine(folder, **options)
+        first = tokens(rollout(made, requests()))
+        assert first == expected, way
+        assert tokens(rollout(made, requests())) == expected, f"{way}, again with what is cached"
+        assert made.scheduler.pool.num_used == 0
+        if "little" in way:
+            assert made.counters()["preemptions"] > 0
+    alone = engine(folder)
+    for request in requests():
+        made_alone = tokens(rollout(alone, [request]))
+        assert made_alone == {name: expected[name] for name in made_alone}, "alone in the batch"
+
+
+@pytest.mark.parametrize("mode", ["slots", "merged"])
+def test_adapters_serve_in_captured_graphs_and_leave_no_trace(folders: dict, mode: str) -> None:
+    folder, _ = folders["dim64"]
+    host, device = engine(folder, poison=False, device="cpu"), engine(folder, lora_mode=mode)
+    base = tokens(rollout(device, requests()))
+    before = {name: w.clone() for layer in device.model.decoder_layers for name, w in layer.weights.items()}
+    for version, seed in ((1, 1), (2, 2)):
+        for made in (host, device):
+            made.stage_adapter(random_adapter(folder, version, seed))
+            made.commit_adapter(version)
+        expected = tokens(rollout(host, requests()))
+        assert tokens(rollout(device, requests())) == expected != base
+    device.commit_adapter(1)
+    host.commit_adapter(1)
+    assert tokens(rollout(device, requests())) == tokens(rollout(host, requests()))
+    device.commit_adapter(0)
+    assert tokens(rollout(device, requests())) == base
+    after = {name: w for layer in device.model.decoder_layers for name, w in layer.weights.items()}
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_float32_logprobs_are_those_of_transformers(folders: dict, shape: str) -> None:
+    folder, network = folders[shape]
+    made = rollout(engine(folder), requests())
+    prompts = {request.request_id: request.prompt_token_ids for request in requests()}
+    network = network.cuda()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    for (name, _), candidate in made.items():
+        whole = torch.tensor([[*prompts[name], *candidate.token_ids]], device="cuda")
+        with torch.inference_mode():
+            logits = network(whole).logits[0, len(prompts[name]) - 1 : -1]
+        assert logits.std() >= 2
+        theirs = logits.log_softmax(-1).gather(-1, whole[0, len(prompts[name]) :, None])[:, 0].cpu()
+        torch.testing.assert_close(torch.tensor(candidate.logprobs), theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("shape", ["dim64", "dim128"])
+def test_half_precision_is_no_farther_from_float32_than_transformers(folders: dict, shape: str, dtype: str) -> None:
+    folder, network = folders[shape]
+    lengths = [5, 37, 300, 16, 129, 17, 90]
+    batch = requests(8, lengths, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, ignore_eos=True, max_tokens=48)
+    made = rollout(engine(folder, dtype=dtype, max_num_batched_tokens=4096), batch)
+    exact, half = network.cuda().float(), make_qwen3_like(network, getattr(torch, dtype))
+    ours, theirs = [], []
+    for request in batch:
+        for index in request.candidate_indices:
+            candidate = made[request.request_id, index]
+            whole = torch.tensor([[*request.prompt_token_ids, *candidate.token_ids]], device="cuda")
+            start = len(request.prompt_token_ids)
+            with torch.inference_mode():
+                want, got = (
+                    model(whole).logits[0, start - 1 : -1].float().log_softmax(-1).gather(-1, whole[0, start:, None])
+                    for model in (exact, half)
+                )
+            theirs.append((got - want)[:, 0].abs().cpu())
+            ours.append((torch.tensor(candidate.logprobs) - want[:, 0].cpu()).abs())
+    mine, other = torch.cat(ours), torch.cat(theirs)
+    for share in (0.5, 0.95):
+        assert mine.quantile(share) <= 1.05 * other.quantile(share), (
+            share,
+            mine.quantile(share),
+            other.quantile(share),
+        )
+
+
+def make_qwen3_like(network: Any, dtype: torch.dtype) -> Any:
+    from copy import deepcopy
+
+    return deepcopy(network).to(device="cuda", dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_two_runs_of_one_seed_are_equal_to_the_bit(folders: dict, dtype: str) -> None:
+    folder, _ = folders["dim128"]
+    runs = []
+    for _ in range(2):
+        made = rollout(engine(folder, dtype=dtype), requests(8))
+        runs.append({n: (c.token_ids, c.logprobs, c.sampling_logprobs) for n, c in made.items()})
+    assert runs[0] == runs[1]
+
+
+def test_candidates_end_where_the_host_would_end_them(folders: dict) -> None:
+    folder, _ = folders["dim16"]
+    host, device = engine(folder, poison=False, device="cpu"), engine(folder)
+    free = rollout(host, requests(ignore_eos=True, max_tokens=40))
+    one = next(iter(free.values()))
+    stops = tuple(dict.fromkeys([one.token_ids[7], *range(2, 14)]))
+    for changes in (
+        {"stop_token_ids": (one.token_ids[9],)},
+        {"stop_token_ids": stops, "ignore_eos": True},  # more than the device looks for
+        {"stop": (one.text[3:5],), "ignore_eos": True},
+        {"max_tokens": 1},
+        {"max_tokens": 2},
+    ):
+        batch = requests(**changes)
+        theirs, ours = rollout(host, batch), rollout(device, batch)
+        assert {n: (c.token_ids, c.finish_reason, c.text) for n, c in ours.items()} == {
+            n: (c.token_ids, c.finish_reason, c.text) for n, c in theirs.items()
+        }
+        assert all(len(c.token_ids) == len(c.logprobs) == len(c.sampling_logprobs) for c in ours.values())
+        assert all(EOS not in c.token_ids[:-1] for c in ours.values() if not batch[0].sampling_params.ignore_eos)
+
+
+def test_steps_behind_an_end_are_bounded(folders: dict) -> None:
+    folder, _ = folders["dim16"]
+    made = engine(folder, num_scheduler_steps=4)
+    batch = requests(1, [16], ignore_eos=False, max_tokens=200, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
+    (candidate,) = rollout(made, batch).values()
+    steps = made.counters()["steps"]
+    assert candidate.finish_reason == "stop" and len(candidate.token_ids) < 200
+    assert len(candidate.token_ids) <= steps < len(candidate.token_ids) + 2 * 4 + 1
+
+
+def test_an_abort_ends_its_request_and_no_other(folders: dict) -> None:
+    folder, _ = folders["dim16"]
+    made = engine(folder)
+    batch = requests(ignore_eos=True, max_tokens=300, temperature=1.0)
+    undisturbed = tokens(rollout(made, batch))
+    found: Tokens = {}
+    running = made.rollout(
+        [*batch[:1], replace(batch[1], sampling_params=replace(PARAMS[0], max_tokens=2)), *batch[2:]]
+    )
+    for ended in running:
+        made.abort("r0")
+        found |= {(c.request_id, c.index): c for c in ended}
+    assert made.scheduler.pool.num_used == 0
+    for (name, index), candidate in found.items():
+        if name == "r0":
+            assert candidate.finish_reason == "abort" and len(candidate.token_ids) < 300
+            assert candidate.token_ids == undisturbed[name, index][: len(candidate.token_ids)]
+        elif name != "r1":
+            assert candidate.token_ids == undisturbed[name, index]
+
+
+def test_the_pool_takes_what_is_free_and_not_more(folders: dict) -> None:
+    folder, _ = folders["dim128"]
+    made = engine(folder, poison=False, num_kv_blocks=None, gpu_memory_utilization=0.5, dtype="bfloat16")
+    rollout(made, requests(8))
+    free, total = torch.cuda.mem_get_info()
+    assert 0.4 * total < total - free < 0.55 * total
+    with pytest.raises(ValueError, match=r"no GPU memory is left for KV blocks: .* GiB in all"):
+        engine(folder, poison=False, num_kv_blocks=None, gpu_memory_utilization=0.01)
