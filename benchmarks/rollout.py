@@ -303,7 +303,7 @@ class Run:
 
     def _measure_row(self, name: str, row: Row, engine: Engine) -> None:
         measured = measure(engine, row, self.config, self.options)
-        if self.options.breakdown and isinstance(engine, EmberEngine) and measured["ms_per_step"]:
+        if self.options.breakdown and isinstance(engine, EmberEngine) and row.gen > 1:
             prompts = make_prompts(row, self.options.repetitions + 1, self.config.vocab_size, self.options.seed)
             measured |= step_breakdown(engine, self.config, prompts, measured["ms_per_step"], self.options)
         self._write(name, row, measured, engine.implementation)

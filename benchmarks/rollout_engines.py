@@ -166,12 +166,9 @@ class EmberEngine:
         changed = {name: now[name] - before[name] for name in ("prefill_tokens", "prefix_hit_tokens", "preemptions")}
         if changed.pop("preemptions"):
             raise Refused("candidates were preempted: the KV pool is too small for this row")
-        timings = self.llm.engine.timings
-        return changed | {
-            "prefill_s": timings["prefill_seconds"],
-            "decode_s": timings["decode_seconds"],
-            "decode_steps": timings["decode_steps"],
-        }
+        timings = self.llm.engine.timings  # empty where nothing is timed on the device, as on a CPU
+        names = {"prefill_s": "prefill_seconds", "decode_s": "decode_seconds", "decode_steps": "decode_steps"}
+        return changed | {ours: timings[theirs] for ours, theirs in names.items() if theirs in timings}
 
     def close(self) -> None:
         del self.llm
