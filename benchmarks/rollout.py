@@ -66,6 +66,9 @@ from ember_ray.tracking.files import json_line, read_jsonl, write_jsonl
 from ember_ray.tracking.summary import git_state
 
 ENGINES = ("ember", "transformers", "vllm")
+LEAST_REPETITIONS = 3
+"""A median of fewer says little; such rows are not kept."""
+
 SAME_ROW = ("engine", "row", "git_commit", "gpu", "model", "dtype")
 
 
@@ -77,7 +80,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-4b", help="tiny: a small shape and small rows")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--repetitions", type=int, default=3, help="fewer than 3 is a try: printed, not written down")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path, help="default: reports/rollout_<gpu>_<date>/rollout.jsonl")
     parser.add_argument("--again", action="store_true", help="measure rows that the output has already")
@@ -92,8 +95,8 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     unknown = set(options.rows or ()) - set(known)
     if unknown:
         parser.error(f"there is no row {min(unknown)!r}; rows: {', '.join(known)}")
-    if options.repetitions < 3:
-        parser.error("--repetitions must be at least 3, a median of fewer says little")
+    if options.repetitions < 1:
+        parser.error("--repetitions must be at least 1")
     if options.device == "cpu" and options.shape != "tiny" and options.model is None:
         parser.error("there is no CUDA device here; --shape tiny runs the benchmark itself on a CPU")
     return options
@@ -311,7 +314,8 @@ class Run:
     def _write(self, name: str, row: Row, measured: dict[str, Any], implementation: dict[str, str]) -> None:
         line = rounded(finished_row(row, name, measured, self.config, implementation | self.common, self.hardware))
         print(json_line(line), end="", flush=True)
-        write_jsonl(self.output, [*read_jsonl(self.output), line])
+        if self.options.repetitions >= LEAST_REPETITIONS:
+            write_jsonl(self.output, [*read_jsonl(self.output), line])
 
     def _is_there(self, name: str, row: Row) -> bool:
         if self.options.again or self.common["git_commit"] is None:

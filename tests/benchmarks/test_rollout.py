@@ -147,7 +147,7 @@ def test_an_engine_that_reads_prompts_twice_is_refused(tiny: Path) -> None:
     ("given", "words"),
     [
         (["--rows", "2x2"], "there is no row '2x2'; rows: 1x1_2048_128"),
-        (["--repetitions", "2"], "--repetitions must be at least 3"),
+        (["--repetitions", "0"], "--repetitions must be at least 1"),
         (["--device", "cpu"], "--shape tiny runs the benchmark itself on a CPU"),
     ],
 )
@@ -194,6 +194,13 @@ def test_what_fails_is_told_and_takes_nothing_along(tmp_path: Path, capsys: pyte
     error = capsys.readouterr().err
     assert "ember, 1x1_2048_128: the breakdown of a step needs a GPU" in error and "1 failed" in error
     assert [json.loads(line)["engine"] for line in output.read_text().splitlines()] == ["transformers"]
+
+
+def test_a_try_is_printed_but_not_written_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "rollout.jsonl"
+    call = ["--shape", "tiny", "--device", "cpu", "--output", str(output), "--rows", "1x1_2048_128"]
+    assert rollout.main([*call, "--repetitions", "1"]) == 0
+    assert json.loads(capsys.readouterr().out)["repetitions"] == 1 and not output.exists()
 
 
 def test_vllm_that_is_not_there_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
