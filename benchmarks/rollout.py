@@ -308,7 +308,8 @@ class Run:
         measured = measure(engine, row, self.config, self.options)
         if self.options.breakdown and isinstance(engine, EmberEngine) and row.gen > 1:
             prompts = make_prompts(row, self.options.repetitions + 1, self.config.vocab_size, self.options.seed)
-            measured |= step_breakdown(engine, self.config, prompts, measured["ms_per_step"], self.options)
+            with self._one_failure(name, f"breakdown of {row.name}"):
+                measured |= step_breakdown(engine, self.config, prompts, measured["ms_per_step"], self.options)
         self._write(name, row, measured, engine.implementation)
 
     def _write(self, name: str, row: Row, measured: dict[str, Any], implementation: dict[str, str]) -> None:

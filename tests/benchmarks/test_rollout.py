@@ -192,8 +192,12 @@ def test_what_fails_is_told_and_takes_nothing_along(tmp_path: Path, capsys: pyte
     call = ["--shape", "tiny", "--device", "cpu", "--output", str(output), "--rows", "1x1_2048_128"]
     assert rollout.main([*call, "--engine", "ember", "transformers", "--breakdown"]) == 1
     error = capsys.readouterr().err
-    assert "ember, 1x1_2048_128: the breakdown of a step needs a GPU" in error and "1 failed" in error
-    assert [json.loads(line)["engine"] for line in output.read_text().splitlines()] == ["transformers"]
+    assert "ember, breakdown of 1x1_2048_128: the breakdown of a step needs a GPU" in error and "1 failed" in error
+    assert [json.loads(line)["engine"] for line in output.read_text().splitlines()] == ["ember", "transformers"]
+    assert rollout.main([*call, "--engine", "ember", "transformers", "--dtype", "float15"]) == 1
+    error = capsys.readouterr().err
+    assert "ember, 1x1_2048_128:" in error and "dtype must be float32" in error and "2 failed" in error
+    assert len(output.read_text().splitlines()) == 2
 
 
 def test_a_try_is_printed_but_not_written_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
