@@ -24,7 +24,15 @@ Argument = Tensor | ctypes.Array[Any] | int | float | torch.dtype | None
 
 
 class KernelError(RuntimeError):
-    """A kernel refused its arguments or could not be launched."""
+    """A kernel refused its arguments or could not be launched.
+
+    Attributes:
+        status: a cudaError_t, or -1 where the library itself refused.
+    """
+
+    def __init__(self, text: str, status: int = -1) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 @cache
@@ -33,6 +41,7 @@ def load() -> ctypes.CDLL:
     library = ctypes.CDLL(str(PATH))
     library.ember_error_text.restype = ctypes.c_char_p
     library.ember_cuda_error_text.restype = ctypes.c_char_p
+    library.ember_built_for.restype = ctypes.c_char_p
     return library
 
 
@@ -51,7 +60,7 @@ def launch(name: str, *arguments: Argument) -> None:
     if status:
         library = load()
         text = library.ember_error_text() if status < 0 else library.ember_cuda_error_text(status)
-        raise KernelError(f"ember_{name}: {text.decode()}")
+        raise KernelError(f"ember_{name}: {text.decode()}", status)
 
 
 _functions: dict[str, Any] = {}
@@ -69,7 +78,9 @@ def _c_value(argument: Argument) -> Any:
 
 def _bind(name: str, arguments: tuple[Argument, ...]) -> Any:
     """The C function with its types set, so that a call converts plain Python values."""
-    function = getattr(load(), f"ember_{name}")
+    function = getattr(load(), f"ember_{name}", None)
+    if function is None:
+        raise KernelError(f"'{PATH}' is older than this code and has no ember_{name}: run python tools/build_cuda.py")
     function.argtypes = [*map(_c_type, arguments), ctypes.c_void_p]
     _functions[name] = function
     return function

@@ -30,6 +30,15 @@ EMBER_API const char* ember_error_text() { return ember::error_buffer(); }
 
 EMBER_API const char* ember_cuda_error_text(int status) { return cudaGetErrorString((cudaError_t)status); }
 
+#define EMBER_TEXT_OF(...) #__VA_ARGS__
+#define EMBER_TEXT(...) EMBER_TEXT_OF(__VA_ARGS__)
+
+// The architectures it holds machine code for, times ten, separated by commas ("800,860"); 90 and 90a are both 900.
+EMBER_API const char* ember_built_for() { return EMBER_TEXT(__CUDA_ARCH_LIST__); }
+
+// The CUDA version it was built with: 13000 for 13.0.
+EMBER_API int ember_runtime_version() { return CUDART_VERSION; }
+
 // Writes 42 to a device int; cudaErrorNoKernelImageForDevice says that the build does not fit the GPU.
 EMBER_API int ember_probe(int* answer, cudaStream_t stream) {
   ember::probe_kernel<<<1, 1, 0, stream>>>(answer);
