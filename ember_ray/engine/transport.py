@@ -158,22 +158,30 @@ class ProcessGroupTransport:
         store.set(f"{what}/{self.rank}", json.dumps(mine))
         return [json.loads(store.get(f"{what}/{stage}")) for stage in range(self.world_size)]
 
+    def _open_group(self) -> Any:
+        group = self._group
+        if group is None:
+            raise TransportError(f"stage {self.rank} has closed its connection")
+        return group
+
     def send(self, tensor: Tensor, to: int, tag: int) -> None:
+        group = self._open_group()
         try:
             if self._nccl is not None and tensor.device.type == "cuda":
                 self._nccl.send(tensor, to, tag)
                 return
             payload = tensor.cpu().contiguous().view(torch.uint8).reshape(-1)
-            self._sending.append((self._group.send([payload], to, tag), payload))
+            self._sending.append((group.send([payload], to, tag), payload))
         except RuntimeError as fault:
             raise TransportError(f"stage {self.rank} cannot send to stage {to}: {fault}") from fault
 
     def receive(self, buffer: Tensor, source: int, tag: int) -> Tensor:
+        group = self._open_group()
         try:
             if self._nccl is not None and buffer.device.type == "cuda":
                 return self._nccl.receive(buffer, source, tag)
             host = buffer if buffer.device.type == "cpu" else torch.empty_like(buffer, device="cpu")
-            self._group.recv([host.view(torch.uint8).reshape(-1)], source, tag).wait()
+            group.recv([host.view(torch.uint8).reshape(-1)], source, tag).wait()
         except RuntimeError as fault:
             raise TransportError(f"stage {self.rank} got nothing from stage {source}: {fault}") from fault
         return buffer if host is buffer else buffer.copy_(host)

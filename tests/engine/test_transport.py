@@ -280,6 +280,19 @@ def test_messages_find_their_tag(dtype: torch.dtype) -> None:
         end.close()
 
 
+def test_a_closed_connection_says_so() -> None:
+    a, b = transports(["cpu", "cpu"])
+    a.close()
+    with pytest.raises(TransportError, match="stage 0 has closed its connection"):
+        a.send(torch.zeros(1), 1, 0)
+    with pytest.raises(TransportError, match="stage 0 has closed its connection"):
+        a.receive(torch.zeros(1), 1, 0)
+    with pytest.raises(TransportError, match="stage 1 got nothing from stage 0"):
+        b.receive(torch.zeros(1), 0, 0)
+    b.close()
+    b.close()
+
+
 def test_on_cpus_nothing_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     for end in transports(["cpu", "cpu"]):
