@@ -109,9 +109,7 @@ def what_is_wrong(facts: CudaFacts) -> str | None:
             "EMBER_CUDA_ARCHS unset"
         )
     if facts.probe_status != 0:
-        return (
-            f"a first kernel failed on {facts.name} ({facts.probe_error}); look at nvidia-smi and the system log"
-        )
+        return f"a first kernel failed on {facts.name} ({facts.probe_error}); look at nvidia-smi and the system log"
     return None
 
 
