@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from ember_ray.engine.nccl_link import NcclLink, StageDevice, nccl_settings, obstacle_to_nccl
+from ember_ray.engine.nccl_link import NcclLink, StageDevice, make_nccl_group, nccl_settings, obstacle_to_nccl
 from ember_ray.engine.transport import LoopbackTransport, ProcessGroupTransport, TransportError
 from tests.support.stages import free_port
 
@@ -318,6 +318,35 @@ def test_stages_on_one_gpu_talk_through_the_host(caplog: pytest.LogCaptureFixtur
         "stages pass hidden states through the host's memory, not by NCCL: stages 0 and 1 share one GPU"
     ]
     message = torch.randn(64, 256, device="cuda:0").to(torch.bfloat16)
+    a.send(message, 1, 2)
+    assert torch.equal(b.receive(torch.empty_like(message), 0, 2), message)
+    for end in (a, b):
+        end.flush()
+        end.close()
+
+
+@pytest.mark.gpu
+def test_a_group_of_nccl_is_made_and_ended() -> None:
+    from torch.distributed import PrefixStore, TCPStore
+
+    timeout = timedelta(seconds=20)
+    store = TCPStore("127.0.0.1", free_port(), 1, True, timeout)
+    link = NcclLink(make_nccl_group(PrefixStore("nccl", store), 0, 1, timeout), timeout)
+    link.connect(0, 1, "cuda:0")
+    link.flush()
+    link.close()
+
+
+@pytest.mark.gpu
+def test_nccl_that_refuses_is_given_up_by_all(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two stages on one GPU that do not know it."""
+    monkeypatch.setattr("ember_ray.engine.transport.obstacle_to_nccl", lambda devices: None)
+    a, b = transports(["cuda:0", "cuda:0"], timeout_s=30.0)
+    assert a._nccl is None and b._nccl is None
+    assert "not by NCCL: it failed on stage" in caplog.records[0].message
+    message = torch.randn(64, 256, device="cuda:0")
     a.send(message, 1, 2)
     assert torch.equal(b.receive(torch.empty_like(message), 0, 2), message)
     for end in (a, b):
