@@ -20,7 +20,7 @@ def group_decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, groups: 
     Args:
         q: [rows, heads, head_dim].
         k_cache, v_cache: [num_slots, kv_heads, head_dim], each contiguous; the rows' own K and V are written already.
-        groups: of as many rows.
+        groups: of as many rows or more; those behind are not computed.
         scale: multiplies the scores; above 0.
 
     Returns:
@@ -33,7 +33,7 @@ def group_decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, groups: 
     kv_heads = k_cache.shape[1]
     if k_cache.shape != v_cache.shape or k_cache.shape[2] != head_dim or heads % kv_heads:
         raise ValueError(f"queries {tuple(q.shape)} do not fit K {tuple(k_cache.shape)} and V {tuple(v_cache.shape)}")
-    if groups.capacity.rows != rows:
+    if groups.capacity.rows < rows:
         raise ValueError(f"{rows} queries, but decode groups for {groups.capacity.rows} rows")
     if not q.is_cuda:
         return group_decode_attention_reference(q, k_cache, v_cache, groups, scale)
