@@ -19,7 +19,7 @@ help:
 	@echo "ARGS=... goes to the command, e.g. make demo ARGS=--help or make test ARGS='tests/engine -x'"
 	@echo "PYTHON=python3.12 names another Python (3.11 or newer)"
 
-$(READY): setup.py pyproject.toml constraints.txt tools/setup_venv.py
+$(READY): setup.py pyproject.toml constraints.txt tools/setup_venv.py tools/build_cuda.py $(wildcard cuda_ext/csrc/*)
 	@command -v "$(PYTHON)" >/dev/null || { echo "there is no $(PYTHON); install Python 3.11 or newer, or name one: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("$(PYTHON) is Python %d.%d; 3.11 or newer is needed: make PYTHON=python3.12" % sys.version_info[:2])'
 	@$(PYTHON) tools/setup_venv.py
@@ -43,5 +43,5 @@ mutants: $(READY)
 	@$(PY) tests/mutants/run.py $(ARGS)
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv build cuda_ext/libember_cuda.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

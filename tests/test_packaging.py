@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import ctypes
 import importlib.metadata
 import importlib.resources
+import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -17,6 +20,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+import build_cuda  # noqa: E402
+
 PACKAGES = ("actors", "configs", "cuda_ext", "ember_ray", "recipes", "verifiers")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
@@ -118,9 +124,9 @@ def test_configs_are_found_as_package_data() -> None:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel that `pip install .` makes of the files that git knows or would take."""
-    folder = tmp_path_factory.mktemp("wheel")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the files that git knows or would take."""
+    folder = tmp_path_factory.mktemp("source")
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -130,19 +136,41 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     for name in filter(None, listed.stdout.split("\0")):
         if (ROOT / name).is_file():
-            (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / "source" / name)
-    build = "import setuptools.build_meta, sys; setuptools.build_meta.build_wheel(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", build, folder], cwd=folder / "source", capture_output=True, check=True)
-    return next(folder.glob("*.whl"))
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def build(kind: str, source: Path, out: Path, **environ: str) -> tuple[Path, str]:
+    """What pip makes of a source tree ("wheel" or "sdist"), and all that was said on the way."""
+    command = f"import setuptools.build_meta, sys; setuptools.build_meta.build_{kind}(sys.argv[1])"
+    done = subprocess.run(
+        [sys.executable, "-c", command, out],
+        cwd=source,
+        env={**os.environ, **environ},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    return next(path for path in out.iterdir() if path.suffix in (".whl", ".gz")), done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel that `pip install .` makes where there is no nvcc."""
+    folder = tmp_path_factory.mktemp("wheel")
+    made, said = build("wheel", source, folder, CUDA_HOME=str(folder), PATH=str(folder))
+    assert "CUDA kernels are not built: there is no nvcc on the PATH or in CUDA_HOME" in said
+    return made
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_every_module_and_data_file_and_nothing_else(wheel: Path) -> None:
+def test_the_wheel_holds_every_module_and_data_file_and_nothing_else(wheel: Path, source: Path) -> None:
+    assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert {name.partition("/")[0] for name in packed} == set(PACKAGES)
-    source = wheel.parent / "source"
     wanted = {
         str(path.relative_to(source))
         for package in PACKAGES
@@ -150,6 +178,39 @@ def test_the_wheel_holds_every_module_and_data_file_and_nothing_else(wheel: Path
         if path.is_file() and (path.suffix in (".py", ".yaml") or "assets" in path.parts)
     }
     assert packed == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(build_cuda.find_nvcc() is None, reason="there is no nvcc on this machine")
+def test_a_wheel_from_the_sdist_holds_a_library_that_loads(source: Path, tmp_path: Path) -> None:
+    sdist, _ = build("sdist", source, tmp_path, EMBER_SKIP_CUDA="1")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    unpacked = next((tmp_path / "unpacked").iterdir())
+    kernels = unpacked / "cuda_ext" / "csrc"
+    assert {path.name for path in kernels.iterdir()} == {path.name for path in build_cuda.SOURCES.iterdir()}
+    for path in kernels.glob("*.cu"):
+        if path.name != "library.cu":  # that all compile is tested elsewhere
+            path.unlink()
+    made, _ = build("wheel", unpacked, tmp_path / "out", EMBER_CUDA_ARCHS="90")
+    assert "-py3-none-linux_" in made.name
+    with zipfile.ZipFile(made) as archive:
+        archive.extractall(tmp_path / "site")
+        assert not [name for name in archive.namelist() if "csrc" in name or name.startswith("tools")]
+    library = ctypes.CDLL(str(tmp_path / "site" / "cuda_ext" / "libember_cuda.so"))
+    library.ember_built_for.restype = ctypes.c_char_p
+    assert library.ember_built_for() == b"900"
+
+
+@pytest.mark.slow
+def test_a_wish_not_to_build_kernels_is_granted(source: Path, tmp_path: Path) -> None:
+    left = source / "build" / "lib" / "cuda_ext" / "libember_cuda.so"
+    left.parent.mkdir(parents=True, exist_ok=True)
+    left.write_text("of an earlier build")
+    made, said = build("wheel", source, tmp_path, EMBER_SKIP_CUDA="1")
+    assert made.name.endswith("-py3-none-any.whl") and "not built: EMBER_SKIP_CUDA is set" in said
+    with zipfile.ZipFile(made) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
 
 
 @pytest.mark.slow

@@ -45,6 +45,13 @@ def find_nvcc(environ: Mapping[str, str] = os.environ) -> str | None:
     )
 
 
+def reason_to_skip(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Why an installation builds no library, or None."""
+    if environ.get("EMBER_SKIP_CUDA", "0") not in ("", "0"):
+        return "EMBER_SKIP_CUDA is set"
+    return None if find_nvcc(environ) else "there is no nvcc on the PATH or in CUDA_HOME"
+
+
 def chosen_archs(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
     """The targets that EMBER_CUDA_ARCHS names, or all."""
     archs = tuple(re.split(r"[\s,;]+", environ.get("EMBER_CUDA_ARCHS", "").strip()))

@@ -5,12 +5,15 @@ What pip prints goes to .venv/install.log; a terminal sees one moving line of it
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import build_cuda
 
 ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
@@ -20,14 +23,20 @@ STEP = re.compile(r"^\s*((?:Collecting|Downloading|Building|Preparing|Installing
 CHECK = """
 import importlib.metadata as installed
 import ray, torch, transformers
+from cuda_ext.device import CudaUnavailable, require_cuda
 names = ("torch", "ray", "transformers", "peft", "trl")
 device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device, so everything runs on the CPU"
 print(", ".join(f"{name} {installed.version(name)}" for name in names) + f"; {device}")
+try:
+    if torch.cuda.is_available():
+        require_cuda("cuda")
+except CudaUnavailable as fault:
+    print(fault)
 """
 
 
 def say(stage: int, text: str) -> None:
-    print(f"[{stage}/3] {text}", flush=True)
+    print(f"[{stage}/4] {text}", flush=True)
 
 
 def create_venv() -> None:
@@ -51,9 +60,10 @@ def install() -> None:
     """Runs pip with the user's own settings; exits with pip's last lines when it fails."""
     say(2, "installing the packages (the first time about 2 GB and a few minutes; details: .venv/install.log)")
     command = [PYTHON, "-m", "pip", "install", "--constraint", "constraints.txt", "--editable", ".[dev]"]
+    environ = {**os.environ, "EMBER_SKIP_CUDA": "1"}  # the next step does it, where one can see it
     start = time.monotonic()
     with open(LOG, "w", encoding="utf-8") as log:
-        pip = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        pip = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environ)
         while True:
             try:
                 status = pip.wait(timeout=1)
@@ -80,9 +90,26 @@ def show(text: str) -> None:
         print(f"\r\033[K{line}", end="", flush=True)
 
 
+def compile_kernels() -> None:
+    """Builds the CUDA library where nvcc is found; exits with nvcc's words when a kernel does not compile."""
+    why = build_cuda.reason_to_skip()
+    if why:
+        return say(3, f"leaving out the CUDA kernels: {why}")
+    start = time.monotonic()
+    try:
+        archs = build_cuda.chosen_archs()
+        say(3, f"compiling the CUDA kernels for {', '.join(archs)} (the first time a few minutes)")
+        build_cuda.build(archs, say=show)
+    except build_cuda.BuildError as fault:
+        show("")
+        sys.exit(f"{fault}\nthe CUDA kernels could not be built; EMBER_SKIP_CUDA=1 leaves them out, for use on the CPU")
+    show("")
+    print(f"      done in {time.monotonic() - start:.0f} s", flush=True)
+
+
 def check() -> None:
     """Imports the large packages once, so that a broken one shows here and not in the middle of a run."""
-    say(3, "checking")
+    say(4, "checking")
     found = subprocess.run([PYTHON, "-c", CHECK], cwd=ROOT, capture_output=True, text=True)
     if found.returncode != 0:
         sys.exit(f"{found.stderr}\nan installed package does not work; run make clean, then make again")
@@ -93,6 +120,7 @@ def main() -> None:
     try:
         create_venv()
         install()
+        compile_kernels()
         check()
     except KeyboardInterrupt:
         sys.exit("\nstopped; the next make goes on from here")
