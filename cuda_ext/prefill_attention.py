@@ -72,7 +72,8 @@ class PrefillBatch:
         cu_q, cu_k = (np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32) for lengths in (q, k))
         tiles = _tiles(q, k, cu_q, cu_k)
         slots = np.concatenate(slots_per_chunk).astype(np.int64, copy=False)
-        parts = [slots.view(np.int32), tiles.reshape(-1), cu_q, cu_k]
+        # the kernel reads a tile as 16 bytes and a slot as 8: the larger ones first keep all of them aligned
+        parts = [tiles.reshape(-1), slots.view(np.int32), cu_q, cu_k]
         device = torch.device(device)
         host = torch.empty(sum(map(len, parts)), dtype=torch.int32, pin_memory=device.type == "cuda")
         np.concatenate(parts, out=host.numpy())
@@ -82,8 +83,8 @@ class PrefillBatch:
             k_lens,
             cu_q=on_device[2],
             cu_k=on_device[3],
-            slots=on_device[0].view(torch.int64),
-            tiles=on_device[1].view(-1, 4),
+            slots=on_device[1].view(torch.int64),
+            tiles=on_device[0].view(-1, 4),
             run=_run(slots, cu_k),
         )
 
