@@ -41,7 +41,7 @@ def group_decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, groups: 
 
 
 def _launch(q: Tensor, k_cache: Tensor, v_cache: Tensor, groups: DecodeGroups, scale: float, method: int = 0) -> Tensor:
-    """Calls the kernels; ``method`` 0 is the best for the device, 1 copies as on sm_80, 2 is the generic kernel."""
+    """Calls the kernels; ``method`` 1 is the generic kernel, 0 what fits best."""
     rows, heads, head_dim = q.shape
     kv_heads = k_cache.shape[1]
     if not q.dtype == k_cache.dtype == v_cache.dtype or q.dtype not in library.DTYPES:

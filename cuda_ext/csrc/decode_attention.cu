@@ -18,8 +18,8 @@ bool fits_tensor_cores(const Problem& p, int64_t dtype) {
 }  // namespace ember::decode
 
 // q, out: [rows, heads, head_dim]; k, v: [num_slots, kv_heads, head_dim]; partials: [num_partials, heads, head_dim]
-// float16; stats: [num_partials, heads, 2] float32; the int32 arrays as in cuda_ext/decode_groups.py. method: 0 the
-// best, 1 cp.async instead of bulk copies, 2 the generic kernel.
+// float16; stats: [num_partials, heads, 2] float32; the int32 arrays as in cuda_ext/decode_groups.py. generic: take the
+// generic kernel anyhow.
 EMBER_API int ember_decode_attention(const void* q, const void* k, const void* v, void* out, void* partials,
                                      void* stats, const int* row_group, const int* prefix_blocks,
                                      const int* prefix_starts, const int* prefix_lens, const int* suffix_blocks,
@@ -35,7 +35,7 @@ EMBER_API int ember_decode_attention(const void* q, const void* k, const void* v
                (int)split_tokens, (int)(method >> 4), scale};
   method &= 15;
   if (rows == 0) return 0;
-  if (method == 2 || !fits_tensor_cores(p, dtype)) return launch_generic(p, dtype, stream);
-  const int status = p.variant & 512 ? 0 : launch_splits(p, dtype, method == 0 && ember::device_info().major >= 9, stream);
+  if (method == 1 || !fits_tensor_cores(p, dtype)) return launch_generic(p, dtype, stream);
+  const int status = p.variant & 512 ? 0 : launch_splits(p, dtype, stream);
   return status || (p.variant & 256) ? status : launch_finish(p, dtype, stream);
 }

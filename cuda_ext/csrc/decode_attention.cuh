@@ -34,7 +34,7 @@ struct Item {
 };
 static_assert(sizeof(Item) == 32, "items are read as two 16-byte words");
 
-int launch_splits(const Problem& problem, int64_t dtype, bool bulk_copies, cudaStream_t stream);
+int launch_splits(const Problem& problem, int64_t dtype, cudaStream_t stream);
 int launch_finish(const Problem& problem, int64_t dtype, cudaStream_t stream);
 int launch_generic(const Problem& problem, int64_t dtype, cudaStream_t stream);
 

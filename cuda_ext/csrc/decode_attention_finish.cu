@@ -13,7 +13,7 @@ constexpr int kWarps = 4, kStageTokens = 16;
 template <int D>
 constexpr int kStageBytes = 2 * kStageTokens* kRowBytes<D>;  // K, then V
 
-template <class T, int D, int STAGES>
+template <class T, int D, int STAGES, int AT_ONCE, bool EARLY>
 __global__ void __launch_bounds__(32 * kWarps) finish_kernel(const __grid_constant__ Problem p) {
   extern __shared__ __align__(128) char shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane / 4;
@@ -77,7 +77,20 @@ __global__ void __launch_bounds__(32 * kWarps) finish_kernel(const __grid_consta
   const float scale = p.scale * kLog2e;
   Fragment<T, D> state;
   state.clear();
-  for (int stage = 0; stage < num_stages; ++stage) {
+  constexpr int kWords = D / 32;
+  uint4 words[AT_ONCE][kWords];
+  float2 stats[AT_ONCE];
+  auto load_partials = [&](int first) {
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) {
+      const int64_t place = first_partial + (int64_t)min(first + i, partials - 1) * p.heads;
+      const uint4* from = reinterpret_cast<const uint4*>(p.partials + place * D) + lane % 4;
+      stats[i] = __ldcg(p.stats + place);
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) words[i][w] = __ldcg(from + 4 * w);
+    }
+  };
+  auto attend = [&](int stage) {
     wait_copies<STAGES - 1>();
     __syncwarp();
     const uint32_t keys = shared_address(stages + stage % STAGES * kStageBytes<D>);
@@ -86,15 +99,22 @@ __global__ void __launch_bounds__(32 * kWarps) finish_kernel(const __grid_consta
     state.template add_values<kStageTokens>(weights, keys + kStageTokens * kRowBytes<D>);
     __syncwarp();
     copy_stage(stage + STAGES);
+  };
+  const int before = EARLY ? max(0, num_stages - STAGES) : num_stages;
+  for (int stage = 0; stage < before; ++stage) attend(stage);
+  if (EARLY) {
+    wait_for_predecessor();
+    if (quad < share) load_partials(0);
+    for (int stage = before; stage < num_stages; ++stage) attend(stage);
   }
   state.reduce_totals();
 
-  wait_for_predecessor();
+  if (!EARLY) wait_for_predecessor();
   const float own_top = state.top[0] * scale;
   float top = -INFINITY, total = 0.f, sum[D / 8][2];
 #pragma unroll
   for (int n = 0; n < D / 8; ++n) sum[n][0] = sum[n][1] = 0.f;
-  // Joins `weight` exponentials of maximum `other_top` (log2) whose weighted values are scaled by `value_scale`.
+  // Joins `other_total` exponentials of maximum `other_top` (log2) and their weighted values, times `value_scale`.
   auto join = [&](float other_top, float other_total, float value_scale, auto value) {
     const float highest = fmaxf(top, other_top);
     const float keep = exp2_fast(top - highest), gain = exp2_fast(other_top - highest);
@@ -109,20 +129,10 @@ __global__ void __launch_bounds__(32 * kWarps) finish_kernel(const __grid_consta
     }
   };
   if (quad < share) {
-    constexpr int kAtOnce = 4, kWords = D / 32;
-    for (int first = 0; first < partials; first += kAtOnce) {
-      uint4 words[kAtOnce][kWords];
-      float2 stats[kAtOnce];
+    for (int first = 0; first < partials; first += AT_ONCE) {
+      if (!EARLY || first > 0) load_partials(first);
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int64_t place = first_partial + (int64_t)min(first + i, partials - 1) * p.heads;
-        const uint4* from = reinterpret_cast<const uint4*>(p.partials + place * D) + lane % 4;
-        stats[i] = __ldcg(p.stats + place);
-#pragma unroll
-        for (int w = 0; w < kWords; ++w) words[i][w] = __ldcg(from + 4 * w);
-      }
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i)
+      for (int i = 0; i < AT_ONCE; ++i)
         if (first + i < partials)
           join(stats[i].x, 1.f, stats[i].y, [&](int n) {
             const uint4& word = words[i][n / 4];
@@ -143,19 +153,21 @@ __global__ void __launch_bounds__(32 * kWarps) finish_kernel(const __grid_consta
         *reinterpret_cast<const uint4*>(stages + i / (D / 8) * kRowBytes<D> + i % (D / 8) * 16);
 }
 
-template <class T, int D, int STAGES>
+template <class T, int D, int STAGES, int AT_ONCE = 4, bool EARLY = false>
 int launch_kernel(const Problem& p, cudaStream_t stream) {
   const int grid = (p.rows * p.kv_heads + kWarps - 1) / kWarps;
-  return launch(finish_kernel<T, D, STAGES>, dim3(grid), dim3(32 * kWarps), kWarps * STAGES * kStageBytes<D>, stream,
-                p);
+  return launch(finish_kernel<T, D, STAGES, AT_ONCE, EARLY>, dim3(grid), dim3(32 * kWarps),
+                kWarps * STAGES * kStageBytes<D>, stream, p);
 }
 
 }  // namespace
 
 int launch_finish(const Problem& p, int64_t dtype, cudaStream_t stream) {
+  if (dtype == kBFloat16 && p.head_dim == 128 && (p.variant & 15) == 1) return launch_kernel<bf16, 128, 2, 2>(p, stream);
+  if (dtype == kBFloat16 && p.head_dim == 128 && (p.variant & 15) == 2) return launch_kernel<bf16, 128, 2, 2, true>(p, stream);
+  if (dtype == kBFloat16 && p.head_dim == 128 && (p.variant & 15) == 3) return launch_kernel<bf16, 128, 2, 4, true>(p, stream);
+  if (dtype == kBFloat16 && p.head_dim == 128 && (p.variant & 15) == 4) return launch_kernel<bf16, 128, 2, 1, true>(p, stream);
   if (dtype == kBFloat16 && p.head_dim == 64) return launch_kernel<bf16, 64, 4>(p, stream);
-  if (dtype == kBFloat16 && p.head_dim == 128 && (p.variant & 15) == 1) return launch_kernel<bf16, 128, 3>(p, stream);
-  if (dtype == kBFloat16 && p.head_dim == 128 && (p.variant & 15) == 2) return launch_kernel<bf16, 128, 4>(p, stream);
   if (dtype == kBFloat16 && p.head_dim == 128) return launch_kernel<bf16, 128, 2>(p, stream);
   if (dtype == kFloat16 && p.head_dim == 64) return launch_kernel<fp16, 64, 4>(p, stream);
   if (dtype == kFloat16 && p.head_dim == 128) return launch_kernel<fp16, 128, 2>(p, stream);

@@ -1,7 +1,7 @@
 // Group decode attention, first kernel: partial results over pieces of a prefix or of a long suffix.
 //
 // A unit of work is one item and one KV head: up to 64 query rows (a group's candidates x the query heads of the KV
-// head) over at most split_tokens tokens. One CTA an SM goes through its units. Its last warp copies tiles of 64
+// head) over at most split_tokens tokens. One CTA an SM goes through its units. Its last warps copy tiles of 64
 // rows into a ring in shared memory, running ahead over the ends of units; a unit's tiles are
 //   K 0, V 0, Q, K 1, V 1, K 2, V 2, ...
 // with Q third, so that the first K and V can be asked for before the kernel that makes Q has ended. Eight warps
@@ -12,7 +12,7 @@
 namespace ember::decode {
 namespace {
 
-constexpr int kConsumerWarps = 8, kThreads = 32 * (kConsumerWarps + 1), kHeaderBytes = 1024, kMaxSlots = 16;
+constexpr int kConsumerWarps = 8, kHeaderBytes = 1024, kMaxSlots = 16;
 
 template <int D>
 constexpr int kSlotBytes = kTileTokens* kRowBytes<D>;
@@ -63,13 +63,16 @@ struct Place {
   }
 };
 
-// The warp that copies. BULK: the copy engine of sm_90 moves a row a time; otherwise cp.async moves 16 bytes.
-template <class T, int D, bool BULK>
+// One of the warps that copy: it takes WARPS-th parts of every tile, in groups of 16 rows.
+template <class T, int D, int WARPS>
 struct Producer {
+  static constexpr int kGroupRows = 16, kGroups = kTileTokens / kGroupRows / WARPS;
+  static constexpr int kChunks = D / 8, kRowsAtOnce = 32 / kChunks;  // chunks of 16 bytes
+
   const Problem& p;
   Header& header;
   const uint32_t slots;  // shared address of the ring
-  const int lane;
+  const int warp, lane;
   const uint64_t policy;
   const int block_shift;
   Place place;
@@ -87,66 +90,54 @@ struct Producer {
     return block << block_shift < item.tokens ? __ldg(blocks + block) : 0;
   }
 
-  // Fills the next slot with 64 rows of D elements; lane l knows where rows l and l + 32 lie, in rows from `base`.
-  __device__ __forceinline__ void copy_tile(const T* base, const int (&rows)[2]) {
-    const uint64_t& full = header.full[place.slot];
-    const uint32_t target = slots + place.slot * kSlotBytes<D>;
+  __device__ __forceinline__ uint32_t begin_tile() {
     wait(header.empty[place.slot], place.phase ^ 1);
-    if constexpr (BULK) {
-#if __CUDA_ARCH__ >= 900
-      const uint32_t barrier = shared_address(&full);
-      if (lane == 0)
-        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(kTileTokens * D * 2)
-                     : "memory");
-      __syncwarp();
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-        asm volatile(
-            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
-            ::"r"(target + (lane + 32 * i) * kRowBytes<D>), "l"(base + (int64_t)rows[i] * D), "r"(D * 2), "r"(barrier),
-            "l"(policy)
-            : "memory");
-#endif
-    } else {
-      constexpr int kChunks = D / 8, kRowsAtOnce = 32 / kChunks;
-#pragma unroll
-      for (int i = 0; i < kTileTokens / kRowsAtOnce; ++i) {
-        const int row = i * kRowsAtOnce + lane / kChunks;
-        const int from = __shfl_sync(~0u, rows[i * kRowsAtOnce / 32], row % 32);
-        copy_16_bytes(target + row * kRowBytes<D> + lane % kChunks * 16, base + (int64_t)from * D + lane % kChunks * 8,
-                      policy);
-      }
-      asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&full)) : "memory");
-      if (lane == 0) arrive(full);  // orders what lane 0 wrote to header.units
-    }
+    return slots + place.slot * kSlotBytes<D> + lane / kChunks * kRowBytes<D> + lane % kChunks * 16;
+  }
+  __device__ __forceinline__ void end_tile() {
+    const uint32_t full = shared_address(&header.full[place.slot]);
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(full) : "memory");
+    if (warp == 0 && lane == 0) arrive(header.full[place.slot]);  // orders what this lane wrote to header.units
     place = place.after(1);
   }
 
-  __device__ __forceinline__ void copy_keys_and_values(const Item& item, int head, int tile, int blocks) {
-    int rows[2];
+  // Token `tile` * 64 and the following of one KV head; `blocks` as blocks_of gave them.
+  __device__ __forceinline__ void copy_tokens(const void* cache, const Item& item, int head, int tile, int blocks) {
+    const int64_t stride = (int64_t)p.kv_heads * D;
+    const T* const base = static_cast<const T*>(cache) + head * D + lane % kChunks * 8;
+    const uint32_t target = begin_tile();
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      // Behind the end the last token is copied again: what is masked must be finite all the same.
-      const int token = min(tile * kTileTokens + lane + 32 * i, item.tokens - 1);
-      const int block = __shfl_sync(~0u, blocks, (token >> block_shift) % 32);
-      rows[i] = ((block << block_shift) + (token & (p.block_size - 1))) * p.kv_heads + head;
+    for (int g = 0; g < kGroups; ++g) {
+      // 16 tokens lie in one block. Behind the end the last token is copied again: what is masked must be finite.
+      const int row = (warp * kGroups + g) * kGroupRows, last = item.tokens - 1;
+      const int first = min(tile * kTileTokens + row, last & ~(kGroupRows - 1));
+      const int block = __shfl_sync(~0u, blocks, (first >> block_shift) % 32);
+      const T* const from = base + (((int64_t)block << block_shift) + (first & (p.block_size - 1))) * stride;
+#pragma unroll
+      for (int i = 0; i < kGroupRows; i += kRowsAtOnce)
+        copy_16_bytes(target + (row + i) * kRowBytes<D>, from + min(i + lane / kChunks, last - first) * stride, policy);
     }
-    copy_tile(static_cast<const T*>(p.k), rows);
-    copy_tile(static_cast<const T*>(p.v), rows);
+    end_tile();
   }
 
   __device__ __forceinline__ void copy_queries(const Item& item, int head) {
     const int share = p.heads / p.kv_heads, count = item.num_rows * share;
-    int rows[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = min(lane + 32 * i, count - 1);
-      rows[i] = (item.first_row + row / share) * p.heads + head * share + row % share;
-    }
-    wait(header.empty[place.slot], place.phase ^ 1);
-    if (lane == 0)
+    const T* const base = static_cast<const T*>(p.q) + head * share * D + lane % kChunks * 8;
+    const uint32_t target = begin_tile();
+    if (warp == 0 && lane == 0)
       header.units[place.slot] = make_int4(item.first_row, item.num_rows | head << 16, item.tokens, item.partial);
-    copy_tile(static_cast<const T*>(p.q), rows);
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      const int first = (warp * kGroups + g) * kGroupRows;
+      if (first >= count) break;
+#pragma unroll
+      for (int i = 0; i < kGroupRows; i += kRowsAtOnce) {
+        const int row = min(first + i + lane / kChunks, count - 1);
+        copy_16_bytes(target + (first + i) * kRowBytes<D>,
+                      base + ((int64_t)(item.first_row + row / share) * p.heads + row % share) * D, policy);
+      }
+    }
+    end_tile();
   }
 
   __device__ void run() {
@@ -158,41 +149,43 @@ struct Producer {
       item = item_of(unit);
       blocks = blocks_of(item, 0);
     }
-    bool first = true;
+    bool first = true;  // nothing that a kernel shortly before wrote was read yet
     for (; unit < units; unit += gridDim.x) {
       const bool is_prefix = item.kind == 0;
-      const int next_unit = unit + gridDim.x, head = unit % p.kv_heads;
-      Item next = item;
-      if (next_unit < units) next = item_of(next_unit);
-      if (first && !is_prefix) wait_for_predecessor();
-      int next_blocks = 0;
+      const int head = unit % p.kv_heads;
+      const Item next = unit + gridDim.x < units ? item_of(unit + gridDim.x) : item;
+      if (first && !is_prefix) start();
+      first = first && is_prefix;
+      int next_blocks;
       if (is_prefix || __ldcg(p.suffix_lens + item.first_row) > item.live_above) {
-        copy_keys_and_values(item, head, 0, blocks);
-        if (first && is_prefix) wait_for_predecessor();
-        if (first) let_successor_start();
+        copy_tokens(p.k, item, head, 0, blocks);
+        copy_tokens(p.v, item, head, 0, blocks);
+        if (first) start();
         first = false;
         copy_queries(item, head);
         next_blocks = blocks_of(next, 0);
         for (int tile = 1; tile * kTileTokens < item.tokens; ++tile) {
-          const int block = tile * kTileTokens >> block_shift;
-          if (block % 32 == 0 && (block << block_shift) == tile * kTileTokens) blocks = blocks_of(item, block);
-          copy_keys_and_values(item, head, tile, blocks);
+          const int token = tile * kTileTokens, block = token >> block_shift;
+          if (block % 32 == 0 && block << block_shift == token) blocks = blocks_of(item, block);
+          copy_tokens(p.k, item, head, tile, blocks);
+          copy_tokens(p.v, item, head, tile, blocks);
         }
       } else {
         next_blocks = blocks_of(next, 0);
-        first = false;
       }
       item = next;
       blocks = next_blocks;
     }
-    if (first) wait_for_predecessor();
-    let_successor_start();
+    if (first) start();
     place = place.after(2);
-    wait(header.empty[place.slot], place.phase ^ 1);
-    if (lane == 0) header.units[place.slot] = make_int4(0, 0, 0, 0);
-    __syncwarp();
-    if (!BULK) arrive(header.full[place.slot]);
-    if (lane == 0) arrive(header.full[place.slot]);
+    begin_tile();
+    if (warp == 0 && lane == 0) header.units[place.slot] = make_int4(0, 0, 0, 0);
+    end_tile();
+  }
+
+  static __device__ __forceinline__ void start() {
+    wait_for_predecessor();
+    let_successor_start();
   }
 };
 
@@ -339,30 +332,30 @@ struct Consumer {
   }
 };
 
-template <class T, int D, bool BULK>
-__global__ void __launch_bounds__(kThreads, 1) split_kernel(const __grid_constant__ Problem p, int num_slots) {
+template <class T, int D, int WARPS>
+__global__ void __launch_bounds__(32 * (kConsumerWarps + WARPS), 1)
+    split_kernel(const __grid_constant__ Problem p, int num_slots) {
   extern __shared__ __align__(128) char shared[];
   Header& header = *reinterpret_cast<Header*>(shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
     for (int i = 0; i < num_slots; ++i) {
-      init_barrier(header.full[i], BULK ? 1 : 33);
+      init_barrier(header.full[i], 32 * WARPS + 1);
       init_barrier(header.empty[i], kConsumerWarps);
     }
     for (int i = 0; i < kQueryRows / 16; ++i) {
       init_barrier(header.ready[i], 1);
       init_barrier(header.taken[i], 1);
     }
-#if __CUDA_ARCH__ >= 900
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-#endif
   }
   __syncthreads();
   char* exchange = shared + kHeaderBytes;
   const uint32_t slots = shared_address(exchange + kQueryRows / 16 * kExchangeBytes<D>);
-  if (warp == kConsumerWarps) {
-    Producer<T, D, BULK> producer = {p,     header, slots, lane, evict_first_policy(), __ffs(p.block_size) - 1,
-                                     {0, num_slots, 0}};
+  if (warp >= kConsumerWarps) {
+    Producer<T, D, WARPS> producer = {p,    header,
+                                      slots, warp - kConsumerWarps,
+                                      lane, evict_first_policy(),
+                                      __ffs(p.block_size) - 1, {0, num_slots, 0}};
     producer.run();
   } else {
     wait_for_predecessor();
@@ -373,28 +366,25 @@ __global__ void __launch_bounds__(kThreads, 1) split_kernel(const __grid_constan
   }
 }
 
-template <class T, int D, bool BULK>
+template <class T, int D, int WARPS>
 int launch_kernel(const Problem& p, cudaStream_t stream) {
   const int fixed = kHeaderBytes + kQueryRows / 16 * kExchangeBytes<D>;
   const int num_slots = min(p.variant & 240 ? p.variant >> 4 & 15 : kMaxSlots, (device_info().shared_bytes - fixed) / kSlotBytes<D>);
   if (num_slots < 3) return fail("decode attention needs %d bytes of shared memory", fixed + 3 * kSlotBytes<D>);
   const int grid = min(device_info().multiprocessors, max(1, p.max_items * p.kv_heads));
-  return launch(split_kernel<T, D, BULK>, dim3(grid), dim3(kThreads), fixed + num_slots * kSlotBytes<D>, stream, p,
-                num_slots);
-}
-
-template <class T, int D>
-int launch_kernel(const Problem& p, bool bulk_copies, cudaStream_t stream) {
-  return bulk_copies ? launch_kernel<T, D, true>(p, stream) : launch_kernel<T, D, false>(p, stream);
+  return launch(split_kernel<T, D, WARPS>, dim3(grid), dim3(32 * (kConsumerWarps + WARPS)),
+                fixed + num_slots * kSlotBytes<D>, stream, p, num_slots);
 }
 
 }  // namespace
 
-int launch_splits(const Problem& p, int64_t dtype, bool bulk_copies, cudaStream_t stream) {
-  if (dtype == kBFloat16 && p.head_dim == 64) return launch_kernel<bf16, 64>(p, bulk_copies, stream);
-  if (dtype == kBFloat16 && p.head_dim == 128) return launch_kernel<bf16, 128>(p, bulk_copies, stream);
-  if (dtype == kFloat16 && p.head_dim == 64) return launch_kernel<fp16, 64>(p, bulk_copies, stream);
-  if (dtype == kFloat16 && p.head_dim == 128) return launch_kernel<fp16, 128>(p, bulk_copies, stream);
+int launch_splits(const Problem& p, int64_t dtype, cudaStream_t stream) {
+  if (dtype == kBFloat16 && p.head_dim == 128 && (p.variant >> 12) == 1) return launch_kernel<bf16, 128, 1>(p, stream);
+  if (dtype == kBFloat16 && p.head_dim == 128 && (p.variant >> 12) == 2) return launch_kernel<bf16, 128, 2>(p, stream);
+  if (dtype == kBFloat16 && p.head_dim == 64) return launch_kernel<bf16, 64, 4>(p, stream);
+  if (dtype == kBFloat16 && p.head_dim == 128) return launch_kernel<bf16, 128, 4>(p, stream);
+  if (dtype == kFloat16 && p.head_dim == 64) return launch_kernel<fp16, 64, 4>(p, stream);
+  if (dtype == kFloat16 && p.head_dim == 128) return launch_kernel<fp16, 128, 4>(p, stream);
   return fail("decode attention on tensor cores takes head_dim 64 or 128, not %d", p.head_dim);
 }
 

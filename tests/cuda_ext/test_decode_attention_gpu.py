@@ -137,19 +137,14 @@ def test_random_shapes(seed: int, dtype: torch.dtype) -> None:
     assert torch.equal(out, again), "two runs differ"
 
 
-@pytest.mark.parametrize("method", [1, 2])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_other_methods(method: int, head_dim: int, dtype: torch.dtype) -> None:
+def test_generic_kernel_on_what_tensor_cores_take(head_dim: int, dtype: torch.dtype) -> None:
     for seed in (1, 2, 3):
         case = make_case(random_groups(seed), head_dim=head_dim, dtype=dtype, seed=seed)
         arrays = case.arrays()
-        groups = arrays.to("cuda")
-        out = decode_attention._launch(case.q, case.k_cache, case.v_cache, groups, case.scale, method)
+        out = decode_attention._launch(case.q, case.k_cache, case.v_cache, arrays.to("cuda"), case.scale, 1)
         assert_near(out, case.reference(arrays), dtype)
-        if method == 1:  # other copies, the same sums
-            best = group_decode_attention(case.q, case.k_cache, case.v_cache, groups, case.scale)
-            assert torch.equal(out, best)
 
 
 @pytest.mark.parametrize(("heads", "head_dim", "block_size"), [((4, 2), 8, 16), ((9, 1), 256, 1), ((20, 2), 96, 48)])
