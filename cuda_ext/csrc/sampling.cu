@@ -8,15 +8,15 @@ constexpr int kPartialWarps = 4;
 constexpr int kDrawThreads = 256;
 
 __device__ __forceinline__ float piece_max(const Piece<float>& piece) {
-  return fmaxf(fmaxf(piece.values[0], piece.values[1]), fmaxf(piece.values[2], piece.values[3]));
+  return fmaxf(fmaxf(piece[0], piece[1]), fmaxf(piece[2], piece[3]));
 }
 __device__ __forceinline__ float piece_max(const Piece<bf16>& piece) {
-  const __nv_bfloat162* pairs = reinterpret_cast<const __nv_bfloat162*>(piece.values);
+  const auto* pairs = reinterpret_cast<const __nv_bfloat162*>(piece.words);
   const __nv_bfloat162 most = __hmax2(__hmax2(pairs[0], pairs[1]), __hmax2(pairs[2], pairs[3]));
   return fmaxf(__low2float(most), __high2float(most));
 }
 __device__ __forceinline__ float piece_max(const Piece<fp16>& piece) {
-  const __half2* pairs = reinterpret_cast<const __half2*>(piece.values);
+  const auto* pairs = reinterpret_cast<const __half2*>(piece.words);
   const __half2 most = __hmax2(__hmax2(pairs[0], pairs[1]), __hmax2(pairs[2], pairs[3]));
   return fmaxf(__low2float(most), __high2float(most));
 }
@@ -37,7 +37,7 @@ __device__ __forceinline__ float chunk_sum(const Piece<scalar>* pieces, float la
 }
 
 // A warp a chunk: its maximum and its sums of exponentials at temperature 1 and at the row's temperature.
-template <class scalar>
+template <class scalar, bool kAligned>
 __global__ void __launch_bounds__(32 * kPartialWarps) partials_kernel(const Args a) {
   let_successor_start();
   wait_for_predecessor();
@@ -48,9 +48,15 @@ __global__ void __launch_bounds__(32 * kPartialWarps) partials_kernel(const Args
 
   const scalar* line = line_of<scalar>(a, row);
   Piece<scalar> pieces[Piece<scalar>::kPerLane];
+  const int first = chunk * kChunk + lane * Piece<scalar>::kSize;
 #pragma unroll
   for (int v = 0; v < Piece<scalar>::kPerLane; ++v) {
-    pieces[v].load(line, chunk * kChunk + (v * 32 + lane) * Piece<scalar>::kSize, a.vocab, a.aligned);
+    const int start = first + v * 32 * Piece<scalar>::kSize;
+    if (kAligned) {
+      pieces[v].load_aligned(line, start, a.vocab);
+    } else {
+      pieces[v].load_anywhere(line, start, a.vocab);
+    }
   }
   const float temperature = a.temperature[row];
   float largest = kLowest;  // of NaN and a number, fmaxf takes the number; the sum tells of the NaN
@@ -61,8 +67,12 @@ __global__ void __launch_bounds__(32 * kPartialWarps) partials_kernel(const Args
   for (int step = 16; step; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
 
   const float sum_1 = chunk_sum(pieces, largest, kLog2E);
-  const bool once = temperature == 1.f || temperature == 0.f;
-  const float sum_t = once ? sum_1 : chunk_sum(pieces, largest, exponent_factor(temperature));
+  float sum_t = sum_1;
+  if (temperature != 1.f && temperature != 0.f) {
+#pragma unroll
+    for (int v = 0; v < Piece<scalar>::kPerLane; ++v) pieces[v].forget_unpacked();
+    sum_t = chunk_sum(pieces, largest, exponent_factor(temperature));
+  }
   if (lane == 0) a.partials[(int64_t)row * a.chunks + chunk] = make_float4(largest, sum_1, sum_t, 0.f);
 }
 
@@ -165,7 +175,8 @@ EMBER_API int ember_sample_rows(
   args.aligned = bytes % 16 == 0 && reinterpret_cast<uintptr_t>(logits) % 16 == 0;
   const dim3 partial_blocks((unsigned)((rows * chunks + kPartialWarps - 1) / kPartialWarps));
   EMBER_DISPATCH(dtype, {
-    int status = ember::launch(partials_kernel<scalar>, partial_blocks, 32 * kPartialWarps, 0, stream, args);
+    const auto partials = args.aligned ? partials_kernel<scalar, true> : partials_kernel<scalar, false>;
+    int status = ember::launch(partials, partial_blocks, 32 * kPartialWarps, 0, stream, args);
     if (status == 0) status = ember::launch(draw_kernel<scalar>, dim3((unsigned)rows), kDrawThreads, 0, stream, args);
     if (status) return status;
   });

@@ -30,7 +30,7 @@ struct Args {
   float4* partials;    // [rows, chunks]: maximum, sum at temperature 1, sum at the row's temperature
   float* group_max;    // [rows, chunks * 32]
   int rows, vocab, chunks;
-  bool aligned;        // all lines begin at a multiple of 16 bytes
+  bool aligned;        // all lines begin and end at multiples of 16 bytes
 };
 
 __device__ __forceinline__ bool has_filters(const Args& a, int row) {
@@ -59,25 +59,51 @@ __device__ __forceinline__ u64 mass_of(float x, float largest, float factor) {
   return __float2ull_rn(exp2_fast((x - largest) * factor) * kUnit);
 }
 
-// 16 bytes of logits.
+__device__ __forceinline__ float unpack(const float&, const uint32_t* words, int i) { return __uint_as_float(words[i]); }
+__device__ __forceinline__ float unpack(const bf16&, const uint32_t* words, int i) {
+  return __uint_as_float(i % 2 ? words[i / 2] & 0xFFFF0000u : words[i / 2] << 16);
+}
+__device__ __forceinline__ float unpack(const fp16&, const uint32_t* words, int i) {
+  return __half2float(__ushort_as_half((unsigned short)(words[i / 2] >> i % 2 * 16)));
+}
+__device__ __forceinline__ uint32_t bits_of(float x) { return __float_as_uint(x); }
+__device__ __forceinline__ uint32_t bits_of(bf16 x) { return __bfloat16_as_ushort(x); }
+__device__ __forceinline__ uint32_t bits_of(fp16 x) { return __half_as_ushort(x); }
+
+// 16 bytes of logits, kept as words: a narrow element to a register would take twice as many.
 template <class scalar>
 struct Piece {
   static constexpr int kSize = 16 / sizeof(scalar);
   static constexpr int kPerLane = kChunk / 32 / kSize;
-  alignas(16) scalar values[kSize];
+  uint32_t words[4];
 
-  // Elements at or behind `vocab` are -inf.
-  __device__ __forceinline__ void load(const scalar* line, int start, int vocab, bool aligned) {
-    if (aligned && start + kSize <= vocab) {
-      *reinterpret_cast<uint4*>(values) = *reinterpret_cast<const uint4*>(line + start);
-    } else {
+  // Elements at or behind `vocab` are -inf. In aligned lines a piece lies all before or all behind it.
+  __device__ __forceinline__ void load_aligned(const scalar* line, int start, int vocab) {
+    const uint32_t none = bits_of(from_float<scalar>(-INFINITY)) * (sizeof(scalar) == 2 ? 0x10001u : 1u);
+    uint4 four = {none, none, none, none};
+    if (start < vocab) four = *reinterpret_cast<const uint4*>(line + start);
+    words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
+  }
+  __device__ __forceinline__ void load_anywhere(const scalar* line, int start, int vocab) {
+    words[0] = words[1] = words[2] = words[3] = 0;
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        values[i] = start + i < vocab ? line[start + i] : from_float<scalar>(-INFINITY);
-      }
+    for (int i = 0; i < kSize; ++i) {
+      const scalar value = start + i < vocab ? line[start + i] : from_float<scalar>(-INFINITY);
+      words[i * 4 / kSize] |= bits_of(value) << (kSize == 8 ? i % 2 * 16 : 0);
     }
   }
-  __device__ __forceinline__ float operator[](int i) const { return to_float(values[i]); }
+  __device__ __forceinline__ void load(const scalar* line, int start, int vocab, bool aligned) {
+    if (aligned) {
+      load_aligned(line, start, vocab);
+    } else {
+      load_anywhere(line, start, vocab);
+    }
+  }
+  // Lets the compiler unpack again rather than keep the floats, which are twice as many registers.
+  __device__ __forceinline__ void forget_unpacked() {
+    asm volatile("" : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3]));
+  }
+  __device__ __forceinline__ float operator[](int i) const { return unpack(scalar(), words, i); }
 };
 
 // Philox4x32-10 (Salmon et al. 2011, section 3.3) with the counters of cuda_ext/sampling.py: a number in (0, 1).
