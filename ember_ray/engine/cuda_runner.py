@@ -23,13 +23,13 @@ from cuda_ext.decode_state import (
     decode_inputs,
     sample_rows,
 )
-from cuda_ext.prefill_attention import prefill_attention
+from cuda_ext.prefill_attention import PrefillBatch, prefill_attention
 from ember_ray.engine.decode_buffers import DecodeBuffers
 from ember_ray.engine.options import EngineOptions
 from ember_ray.engine.scheduler import StepPlan
 from ember_ray.engine.sequence import Sequence
 from ember_ray.engine.slot_table import SlotTable
-from ember_ray.engine.step_inputs import build_step_inputs
+from ember_ray.engine.step_inputs import StepInputs, build_step_inputs
 from ember_ray.engine.step_result import StepResult
 from ember_ray.engine.stop_check import StopCheck
 from ember_ray.engine.upload import upload
@@ -154,7 +154,22 @@ class CudaRunner:
             self.timings["decode_steps"] += steps if kind == "decode" else 0
         self._events.clear()
 
+    def forward(self, inputs: StepInputs) -> Tensor:
+        """The residual stream [tokens, hidden] behind the layers."""
+        assert inputs.prefill is not None
+        x, residual = self._layers(inputs, inputs.prefill)
+        return residual + x
+
     # -- prompts ---------------------------------------------------------------------------------------------------
+
+    def _layers(self, inputs: StepInputs, batch: PrefillBatch) -> tuple[Tensor, Tensor]:
+        def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+            return prefill_attention(q, k_cache, v_cache, batch, self._scale, self._prefill_backend)
+
+        hidden = self._model.embed(inputs.token_ids)
+        return self._model.run_layers(
+            hidden, inputs.positions, inputs.slots, self._kv_cache, attention, self._adapters.active
+        )
 
     def _prefill(self, plan: StepPlan) -> Tensor:
         """Prompts and suffixes in one pass, and the tokens drawn behind them; returns [4, 1, samples] int32."""
@@ -162,15 +177,7 @@ class CudaRunner:
         inputs = build_step_inputs(plan, self._options.block_size, self._model.config.share, device)
         normed = torch.empty(0, self._model.config.hidden_size, dtype=self._model.dtype, device=device)
         if inputs.prefill is not None:
-            batch = inputs.prefill
-
-            def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
-                return prefill_attention(q, k_cache, v_cache, batch, self._scale, self._prefill_backend)
-
-            x, residual = self._model.run_layers(
-                self._model.embed(inputs.token_ids), inputs.positions, inputs.slots, self._kv_cache, attention,
-                self._adapters.active,
-            )  # fmt: skip
+            x, residual = self._layers(inputs, inputs.prefill)
             if len(inputs.hidden_rows):
                 normed = self._model.final_norm(residual[inputs.hidden_rows] + x[inputs.hidden_rows])
         own = len(normed) - len(inputs.last_prompt_groups)

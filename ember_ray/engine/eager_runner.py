@@ -73,13 +73,9 @@ class EagerRunner:
 
     def run(self, plan: StepPlan) -> _Pending:
         """Computes this stage's part of a step; on the last stage the result is there at once, on others to come."""
-        # The peers have what was sent in steps before those in flight, or take it next: this can never wait for long.
-        stage = self._transport.rank
-        self._transport.flush(keep=self._num_lanes * (self._transport.world_size - 1))
-        self._steps += 1
-        tag = 2 * self._steps
         inputs = build_step_inputs(plan, self._options.block_size, self._model.config.share, self._options.device)
-        hidden = self._forward(inputs, tag)
+        hidden = self.forward(inputs)
+        tag = 2 * self._steps + 1
         size = 2 * len(plan.samples) + ABORTS_PER_STEP
         if not self._model.is_last:
             return _Pending(plan, tag, torch.empty(size, dtype=torch.int64), None)
@@ -88,15 +84,15 @@ class EagerRunner:
         tokens = [token for (token,) in result.tokens]
         padding = [-1] * (ABORTS_PER_STEP - len(result.aborts))
         message = torch.tensor(tokens + result.finish_codes + result.aborts + padding, dtype=torch.int64)
-        for other in range(stage):
-            self._transport.send(message, other, tag + 1)
+        for other in range(self._transport.rank):
+            self._transport.send(message, other, tag)
         return _Pending(plan, tag, message, result)
 
     def collect(self, pending: _Pending) -> StepResult:
         """Waits for the results of a step."""
         if pending.result is not None:
             return pending.result
-        self._transport.receive(pending.message, self._transport.world_size - 1, pending.tag + 1)
+        self._transport.receive(pending.message, self._transport.world_size - 1, pending.tag)
         count = len(pending.plan.samples)
         values = pending.message.tolist()
         tokens, codes, aborts = values[:count], values[count : 2 * count], values[2 * count :]
@@ -110,7 +106,12 @@ class EagerRunner:
         """A rollout has ended, well or not."""
         self._last_hidden.clear()
 
-    def _forward(self, inputs: StepInputs, tag: int) -> Tensor:
+    def forward(self, inputs: StepInputs) -> Tensor:
+        """The residual stream [tokens, hidden] behind this stage's layers, passed on to the next stage."""
+        # The peers have what was sent in steps before those in flight, or take it next: this can never wait for long.
+        self._transport.flush(keep=self._num_lanes * (self._transport.world_size - 1))
+        self._steps += 1
+        tag = 2 * self._steps
         hidden_size, dtype, device = self._model.config.hidden_size, self._model.dtype, self._options.device
         tokens = inputs.token_ids.shape[0]
         if tokens == 0:  # only first tokens, from hidden states that are kept

@@ -8,6 +8,7 @@ from pathlib import Path
 from ember_ray.engine.options import EngineOptions
 from ember_ray.engine.request import Candidate, GenerationRequest, RequestOutput
 from ember_ray.engine.sampling_params import SamplingParams
+from ember_ray.engine.scorer import ScoreRequest
 from ember_ray.engine.stage_engine import StageEngine
 from ember_ray.engine.transport import LoopbackTransport
 from ember_ray.model.lora import AdapterUpdate, load_peft_adapter
@@ -73,6 +74,28 @@ class LLM:
             )
             for request in requests
         ]
+
+    def score(self, token_ids: Sequence[Sequence[int]], prompt_lens: int | Sequence[int] = 1) -> list[list[float]]:
+        """Log-probabilities of given tokens under the active policy, at temperature 1.
+
+        Args:
+            token_ids: rows of tokens, prompt first.
+            prompt_lens: how many tokens of each row are its prompt (one number for all, or one each); those behind
+                are scored. Rows with equal prompts compute them once.
+
+        Returns:
+            For each row one natural logarithm for each token behind its prompt.
+
+        Raises:
+            RequestError: a row has nothing to score, or is too long.
+            ValueError: numbers of rows and prompt lengths differ.
+        """
+        lengths = [prompt_lens] * len(token_ids) if isinstance(prompt_lens, int) else list(prompt_lens)
+        if len(lengths) != len(token_ids):
+            raise ValueError(f"{len(token_ids)} rows to score, but {len(lengths)} prompt lengths")
+        return self.engine.score(
+            [ScoreRequest(tuple(map(int, row)), length) for row, length in zip(token_ids, lengths, strict=True)]
+        )
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt."""

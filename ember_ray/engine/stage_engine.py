@@ -18,6 +18,7 @@ from hashlib import blake2b
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from cuda_ext.prefill_attention import choose_backend
 from ember_ray.engine.block_pool import BlockPool
@@ -27,7 +28,9 @@ from ember_ray.engine.kv_memory import fitting_kv_blocks
 from ember_ray.engine.options import EngineOptions
 from ember_ray.engine.request import Candidate, GenerationRequest
 from ember_ray.engine.scheduler import Scheduler, StepPlan
+from ember_ray.engine.scorer import Scorer, ScoreRequest
 from ember_ray.engine.sequence import Sequence as RunningSequence
+from ember_ray.engine.step_inputs import StepInputs
 from ember_ray.engine.step_result import StepResult
 from ember_ray.engine.stop_check import StopCheck
 from ember_ray.engine.transport import Transport
@@ -60,6 +63,9 @@ class Runner(Protocol):
 
     def collect(self, pending: Any) -> StepResult:
         """Waits for a plan's results; plans of a lane are collected in their order."""
+
+    def forward(self, inputs: StepInputs) -> Tensor:
+        """The residual stream [tokens, hidden] behind this stage's layers; nothing is drawn."""
 
     def forget_group(self, number: int) -> None:
         """A prompt group has ended."""
@@ -144,6 +150,10 @@ class StageEngine:
                 options, self.model, self._slots, self.kv_cache, self._stop_check, self._take_aborts, transport,
                 self.num_lanes, self.prefill_backend,
             )  # fmt: skip
+        self._scorer = Scorer(
+            self.scheduler.pool, options.block_size, options.max_num_batched_tokens, self.max_model_len,
+            config.vocab_size, options.device, self._runner.forward, self._logits if self.is_last else None,
+        )  # fmt: skip
         self._numbers: dict[str, int] = {}
         self._aborts: list[str] = []
         self._lock = threading.Lock()
@@ -214,6 +224,25 @@ class StageEngine:
                 self._is_rolling_out = False
                 self._aborts.clear()
 
+    def score(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
+        """Log-probabilities of given tokens under the active policy; to be run by all stages with the same rows.
+
+        Prompts are computed once for all rows that share them, and found in the cache where a rollout has been there.
+
+        Returns:
+            On the last stage, for each row, the natural log-probabilities of its tokens behind the prompt.
+
+        Raises:
+            RequestError: a row can never be scored.
+            RuntimeError: a rollout is running.
+        """
+        if self._is_rolling_out:
+            raise RuntimeError("this stage is in a rollout; score before or after it")
+        self._numbers = {}
+        scores = self._scorer.score(requests, self.policy_version)
+        self.transport.flush()
+        return scores
+
     def abort(self, request_id: str) -> None:
         """Ends a request of the running batch with what it has; call it on the last stage, from any thread.
 
@@ -268,6 +297,9 @@ class StageEngine:
             seed = int.from_bytes(blake2b(text, digest_size=8).digest(), "little")
         self._requests_seen += 1
         return (seed + 2**63) % 2**64 - 2**63
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self.model.logits(self.model.final_norm(hidden))
 
     def _loop(self) -> Iterator[list[Candidate]]:
         in_flight: list[deque[Any]] = [deque() for _ in range(self.num_lanes)]

@@ -36,7 +36,9 @@ def generate(folder: Path, device: str, split: tuple[int, ...]) -> list[dict[tup
         GenerationRequest(f"r{n}", p, (0, 1, 2, 3), PARAMS[n % len(PARAMS)])
         for n, p in enumerate(random_prompts([5, 37, 64, 16, 16, 17, 90]))
     ]
-    options = EngineOptions(str(folder), device=device, num_kv_blocks=24, max_num_seqs=12, max_num_batched_tokens=32)
+    options = EngineOptions(
+        str(folder), device=device, block_size=4, num_kv_blocks=60, max_num_seqs=12, max_num_batched_tokens=32
+    )
     with Pipeline(options, split) as pipeline:
         base = pipeline.rollout(requests)
         for engine in pipeline.engines:
