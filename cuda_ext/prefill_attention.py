@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from cuda_ext import library
-from cuda_ext.attention import merge_attention
 
 BACKENDS = ("kernel", "cudnn", "torch_flash", "sdpa", "flash_attn")
 
 TILE = 128
 """Queries, and positions, that the kernel takes at a time."""
+
+SHORTEST_RUN = 8
+"""Of consecutive slots, that the kernel reads from the cache itself; K and V in shorter ones are gathered first."""
 
 CUDNN_GRAIN = 256
 """cuDNN prepares a plan for each new shape, which costs milliseconds of the host: only lengths that are multiples of
@@ -88,12 +90,6 @@ class PrefillBatch:
             run=_run(slots, cu_k),
         )
 
-    @property
-    def runs(self) -> list[tuple[int, int, int]]:
-        """Consecutive chunks of equal lengths: (chunks, q_len, k_len) of each run."""
-        pairs = itertools.groupby(zip(self.q_lens, self.k_lens, strict=True))
-        return [(len(list(run)), *pair) for pair, run in pairs]
-
 
 def _tiles(q: np.ndarray, k: np.ndarray, cu_q: np.ndarray, cu_k: np.ndarray) -> np.ndarray:
     """PrefillBatch.tiles, [tiles, 4] int32."""
@@ -123,14 +119,17 @@ def choose_backend(requested: str, dtype: torch.dtype, head_dim: int, device: st
     Raises:
         ValueError: the requested one cannot serve this dtype, head_dim or device.
     """
+    device = torch.device(device)
     if requested == "auto":
-        for name in ("cudnn", "torch_flash"):
-            if _obstacle(name, dtype, head_dim, torch.device(device)) is None:
+        # measured on an H200; cuDNN's kernels for older GPUs have no such lead over FlashAttention-2
+        newest = ("kernel", "cudnn") if _capability(device) >= (9, 0) else ()
+        for name in (*newest, "torch_flash"):
+            if _obstacle(name, dtype, head_dim, device) is None:
                 return name, "the fastest here"
-        return "sdpa", f"the others cannot do it: {_obstacle('torch_flash', dtype, head_dim, torch.device(device))}"
+        return "sdpa", f"the faster ones cannot do it: {_obstacle('torch_flash', dtype, head_dim, device)}"
     if requested not in BACKENDS:
         raise ValueError(f"prefill attention {requested!r} is not known; choose auto, {', '.join(BACKENDS)}")
-    obstacle = _obstacle(requested, dtype, head_dim, torch.device(device))
+    obstacle = _obstacle(requested, dtype, head_dim, device)
     if obstacle is not None:
         raise ValueError(f"prefill attention {requested!r} cannot be used: {obstacle}; choose auto or sdpa")
     return requested, "as requested"
@@ -147,13 +146,31 @@ def _obstacle(name: str, dtype: torch.dtype, head_dim: int, device: torch.device
     if name == "flash_attn" and _flash_attn_varlen() is None:
         return "the package flash-attn is not installed"
     if name == "kernel":
-        return "this build has no kernel of its own for it"
+        return _obstacle_to_kernel(head_dim, device)
     most = 128 if name == "cudnn" else 256
     if head_dim % 8 or head_dim > most:
         return f"head_dim must be a multiple of 8 up to {most}, not {head_dim}"
     if name == "cudnn" and not torch.backends.cudnn.is_available():
         return "this torch has no cuDNN"
     return None
+
+
+def _obstacle_to_kernel(head_dim: int, device: torch.device) -> str | None:
+    if head_dim not in (64, 128):
+        return f"head_dim must be 64 or 128, not {head_dim}"
+    if _capability(device) != (9, 0):
+        return f"it needs a GPU of compute capability 9.0, and {device} has {'.'.join(map(str, _capability(device)))}"
+    try:
+        there = hasattr(library.load(), "ember_prefill_attention")
+    except OSError:
+        there = False
+    return None if there else "the CUDA library was not built, or without it"
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    """(0, 0) for what is no CUDA GPU, or none that is there."""
+    usable = device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.get_device_capability(device) if usable else (0, 0)
 
 
 @cache
@@ -175,8 +192,8 @@ def prefill_attention(
         k_cache, v_cache: [num_slots, kv_heads, head_dim], contiguous, same dtype as q, K and V of all the pass's
             tokens written; kv_heads divides heads. Slots that no chunk names are not read.
         scale: multiplies the scores.
-        backend: from choose_backend(). "cudnn" falls back to "torch_flash" for a pass in which one chunk's lengths
-            are not such that its plan would be used again (CUDNN_GRAIN).
+        backend: from choose_backend(). "cudnn" falls back to "torch_flash" for a pass with a chunk that has positions
+            before it, or a length for which a plan of cuDNN would hardly be used again (CUDNN_GRAIN).
 
     Returns:
         [tokens, heads, head_dim].
@@ -190,6 +207,8 @@ def prefill_attention(
         raise ValueError(f"{tokens} queries were given for a batch of {sum(batch.q_lens)} tokens")
     if backend == "sdpa":
         return prefill_attention_reference(q, k_cache, v_cache, batch, scale)
+    if backend == "kernel":
+        return _kernel(q, k_cache, v_cache, batch, scale)
     k, v = gather_kv(k_cache, v_cache, batch.slots)
     if backend == "cudnn" and _repeats(batch):
         return _cudnn(q, k, v, batch, scale)
@@ -253,36 +272,40 @@ def gather_kv_reference(k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> tupl
     return k_cache[slots], v_cache[slots]
 
 
+def _kernel(q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: PrefillBatch, scale: float) -> Tensor:
+    """csrc/prefill_attention.cu, which reads the cache itself where slots come in runs, as blocks of the cache give."""
+    if not (q.is_contiguous() and k_cache.is_contiguous() and v_cache.is_contiguous()):
+        raise ValueError("prefill attention's kernel needs contiguous queries and a contiguous cache")
+    if q.dtype != k_cache.dtype or q.dtype != v_cache.dtype:
+        raise ValueError(f"queries are {q.dtype}, K is {k_cache.dtype} and V is {v_cache.dtype}: they must be the same")
+    k, v = k_cache, v_cache
+    slots: Tensor | None = batch.slots
+    if batch.run < SHORTEST_RUN:
+        k, v = gather_kv(k_cache, v_cache, batch.slots)
+        slots = None
+    out = torch.empty_like(q)
+    sizes = (len(batch.tiles), len(q), len(k), q.shape[1], k.shape[1], q.shape[2], batch.run)
+    library.launch("prefill_attention", out, q, k, v, slots, batch.tiles, *sizes, q.dtype, float(scale))
+    return out
+
+
 def _repeats(batch: PrefillBatch) -> bool:
     """Whether all lengths of the pass are ones that a plan of cuDNN is worth being made for."""
     return all(
-        q_len >= 4 * CUDNN_GRAIN and q_len % CUDNN_GRAIN == 0 and k_len % CUDNN_GRAIN == 0
+        q_len == k_len and q_len >= 4 * CUDNN_GRAIN and q_len % CUDNN_GRAIN == 0
         for q_len, k_len in zip(batch.q_lens, batch.k_lens, strict=True)
     )
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, batch: PrefillBatch, scale: float) -> Tensor:
-    """Each run of equal chunks as one batch. cuDNN aligns causal masks top-left, so the positions before a chunk are a
-    part of their own, without mask, merged with the chunk's part over itself by their log-sum-exp."""
+    """Each run of chunks of equal length as one batch, in a pass of whole prompts: its causal masks are top-left."""
     outs = []
-    first = first_k = 0
-    for chunks, q_len, k_len in batch.runs:
-        shape = (chunks, k_len, *k.shape[1:])
-        q_run = q[first : first + chunks * q_len].view(chunks, q_len, *q.shape[1:]).transpose(1, 2)
-        k_run = k[first_k : first_k + chunks * k_len].view(shape).transpose(1, 2)
-        v_run = v[first_k : first_k + chunks * k_len].view(shape).transpose(1, 2)
-        first, first_k = first + chunks * q_len, first_k + chunks * k_len
-        context = k_len - q_len
-        out, lse = _cudnn_part(q_run, k_run[:, :, context:], v_run[:, :, context:], True, scale, context > 0)
-        if context:
-            before, before_lse = _cudnn_part(q_run, k_run[:, :, :context], v_run[:, :, :context], False, scale, True)
-            out = merge_attention(out.float(), lse, before.float(), before_lse).to(q.dtype)
-        outs.append(out.transpose(1, 2).reshape(chunks * q_len, *q.shape[1:]))
+    first = 0
+    for length, run in itertools.groupby(batch.q_lens):
+        chunks = len(list(run))
+        last = first + chunks * length
+        parts = (t[first:last].view(chunks, length, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))
+        out = torch.ops.aten._scaled_dot_product_cudnn_attention(*parts, None, False, 0.0, True, False, scale=scale)[0]
+        outs.append(out.transpose(1, 2).reshape(chunks * length, *q.shape[1:]))
+        first = last
     return outs[0] if len(outs) == 1 else torch.cat(outs)
-
-
-def _cudnn_part(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, with_lse: bool) -> tuple[Tensor, Tensor]:
-    out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        q, k, v, None, with_lse, 0.0, causal, False, scale=scale
-    )[:2]
-    return out, lse.view(q.shape[:3]) if with_lse else lse
