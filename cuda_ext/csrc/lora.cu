@@ -14,9 +14,9 @@ struct LoraExpand {
 };
 
 // blockIdx.x: a tile of columns of one part; blockIdx.y: a chunk of tokens.
-template <class T, int kUnits>
-__global__ void __launch_bounds__(kLowRankThreads, 3) lora_expand_kernel(const LoraExpand<T> op) {
-  using Tile = LowRankTile<T, kUnits, false>;
+template <class T, int kUnits, int kSteps, bool kWhole>
+__global__ void __launch_bounds__(kLowRankThreads, 4) lora_expand_kernel(const LoraExpand<T> op) {
+  using Tile = LowRankTile<T, kUnits, kSteps, false, kWhole>;
   extern __shared__ __align__(16) unsigned char shared[];
   int64_t tile_index = blockIdx.x;
   LoraPart part = op.parts[0];
@@ -38,9 +38,8 @@ __global__ void __launch_bounds__(kLowRankThreads, 3) lora_expand_kernel(const L
   low_rank.columns = part.rows;
   low_rank.rank = (int)part.rank;
   low_rank.scale = (float)part.scale;
-  low_rank.wide = aligned(low_rank.out, op.y_stride);
-  low_rank.right_wide = aligned(low_rank.right, part.rank);
-  low_rank.left_pairs = aligned(low_rank.left, op.down_stride, 2 * sizeof(T));
+  low_rank.right_whole = aligned(low_rank.right, part.rank);
+  low_rank.left_pairs = aligned(low_rank.left, op.down_stride, 2 * sizeof(T)) && part.rank % 2 == 0;
   const Tile tile{low_rank, (T*)shared, tile_index * Tile::kColumns};
   tile.stage();  // B does not change while the model runs
   wait_for_predecessor();
@@ -49,14 +48,15 @@ __global__ void __launch_bounds__(kLowRankThreads, 3) lora_expand_kernel(const L
   low_rank_rows(tile, first, last < op.tokens ? last : op.tokens);
 }
 
-template <class T, int kUnits>
+template <class T, int kUnits, int kSteps, bool kWhole>
 int launch_lora_expand(LoraExpand<T> op, int max_rank, cudaStream_t stream) {
-  using Tile = LowRankTile<T, kUnits, false>;
+  using Tile = LowRankTile<T, kUnits, kSteps, false, kWhole>;
+  const auto kernel = lora_expand_kernel<T, kUnits, kSteps, kWhole>;
   int64_t tiles = 0;
   for (const LoraPart& part : op.parts) tiles += ceil_div(part.rows, Tile::kColumns);
   op.chunk = low_rank_chunk(op.tokens, tiles, Tile::kRows);
   const dim3 grid((unsigned)tiles, (unsigned)ceil_div(op.tokens, op.chunk));
-  return launch(lora_expand_kernel<T, kUnits>, grid, dim3(kLowRankThreads), Tile::shared_bytes(max_rank), stream, op);
+  return launch(kernel, grid, dim3(kLowRankThreads), Tile::shared_bytes(max_rank), stream, op);
 }
 
 }  // namespace ember
@@ -72,11 +72,18 @@ EMBER_API int ember_lora_expand(void* y, int64_t y_stride, int64_t tokens, const
   EMBER_DISPATCH(dtype, {
     LoraExpand<scalar> op = {(scalar*)y, y_stride, tokens, (const scalar*)down, down_stride, 0, {}};
     for (int64_t i = 0; i < num_parts; i++) op.parts[i] = parts[i];
-    // Few rows want many blocks; of a high rank only a narrow tile fits into shared memory.
-    if constexpr (sizeof(scalar) == 2) {
-      if (tokens > 64 && max_rank <= 64) return launch_lora_expand<scalar, 2>(op, max_rank, stream);
+    bool whole = aligned(op.y, y_stride);
+    for (const LoraPart& part : op.parts) {
+      whole = whole && aligned(op.y + part.first_row, part.rows);
     }
-    return launch_lora_expand<scalar, 1>(op, max_rank, stream);
+    if (!whole) return launch_lora_expand<scalar, 1, 1, false>(op, max_rank, stream);
+    if constexpr (sizeof(scalar) == 2) {
+      // Few rows want many blocks; of a high rank only a narrow tile fits into shared memory.
+      if (tokens > 64 && max_rank <= 16) return launch_lora_expand<scalar, 2, 1, true>(op, max_rank, stream);
+      if (tokens > 64 && max_rank <= 64) return launch_lora_expand<scalar, 2, 2, true>(op, max_rank, stream);
+      if (max_rank > 16) return launch_lora_expand<scalar, 1, 4, true>(op, max_rank, stream);
+    }
+    return launch_lora_expand<scalar, 1, 1, true>(op, max_rank, stream);
   })
   return 0;
 }

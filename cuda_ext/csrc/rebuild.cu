@@ -23,9 +23,9 @@ struct Rebuild {
 };
 
 // blockIdx.x: a tile of columns; blockIdx.y: a chunk of rows of one segment.
-template <class T, int kUnits>
+template <class T, int kUnits, int kSteps, bool kWhole>
 __global__ void __launch_bounds__(kLowRankThreads, 4) rebuild_kernel(const Rebuild<T> op) {
-  using Tile = LowRankTile<T, kUnits, true>;
+  using Tile = LowRankTile<T, kUnits, kSteps, true, kWhole>;
   extern __shared__ __align__(16) unsigned char shared[];
   int64_t chunk_index = blockIdx.y;
   RebuildSegment segment = op.segments[0];
@@ -44,8 +44,7 @@ __global__ void __launch_bounds__(kLowRankThreads, 4) rebuild_kernel(const Rebui
   low_rank.right = op.a + segment.first_rank * op.columns;
   low_rank.rows = segment.rows;
   low_rank.scale = segment.scale;
-  low_rank.wide = aligned(op.live, op.columns) && aligned(op.golden, op.columns);
-  low_rank.right_wide = aligned(op.a, op.columns);
+  low_rank.right_whole = aligned(op.a, op.columns);
   low_rank.left_pairs = aligned(low_rank.left, segment.rank, 2 * sizeof(T));
   // A successor may read weights before it waits, so this kernel never lets it start early.
   wait_for_predecessor();
@@ -55,15 +54,16 @@ __global__ void __launch_bounds__(kLowRankThreads, 4) rebuild_kernel(const Rebui
   low_rank_rows(tile, first, last < segment.rows ? last : segment.rows);
 }
 
-template <class T, int kUnits>
+template <class T, int kUnits, int kSteps, bool kWhole>
 int launch_rebuild(Rebuild<T> op, int64_t rows, int max_rank, cudaStream_t stream) {
-  using Tile = LowRankTile<T, kUnits, true>;
+  using Tile = LowRankTile<T, kUnits, kSteps, true, kWhole>;
+  const auto kernel = rebuild_kernel<T, kUnits, kSteps, kWhole>;
   const int64_t tiles = ceil_div(op.columns, Tile::kColumns);
   int64_t chunks = 0;
   op.chunk = low_rank_chunk(rows, tiles, Tile::kRows);
   for (RebuildSegment& segment : op.segments) chunks += segment.chunks = ceil_div(segment.rows, op.chunk);
   const dim3 grid((unsigned)tiles, (unsigned)chunks);
-  return launch(rebuild_kernel<T, kUnits>, grid, dim3(kLowRankThreads), Tile::shared_bytes(max_rank), stream, op);
+  return launch(kernel, grid, dim3(kLowRankThreads), Tile::shared_bytes(max_rank), stream, op);
 }
 
 }  // namespace ember
@@ -90,10 +90,13 @@ EMBER_API int ember_rebuild_weight(void* live, const void* golden, int64_t rows,
   EMBER_DISPATCH(dtype, {
     Rebuild<scalar> op = {(scalar*)live, (const scalar*)golden, columns, (const scalar*)a, 0, {}};
     for (int i = 0; i < count; i++) op.segments[i] = segments[i];
-    if constexpr (sizeof(scalar) == 2) {  // of a high rank only a narrow tile fits into shared memory
-      if (max_rank <= 64) return launch_rebuild<scalar, 2>(op, rows, max_rank, stream);
+    const bool whole = aligned(op.live, columns) && aligned(op.golden, columns);
+    if (!whole) return launch_rebuild<scalar, 1, 1, false>(op, rows, max_rank, stream);
+    if constexpr (sizeof(scalar) == 2) {
+      if (max_rank <= 16) return launch_rebuild<scalar, 2, 1, true>(op, rows, max_rank, stream);
+      if (max_rank <= 64) return launch_rebuild<scalar, 2, 2, true>(op, rows, max_rank, stream);
     }
-    return launch_rebuild<scalar, 1>(op, rows, max_rank, stream);
+    return launch_rebuild<scalar, 1, 4, true>(op, rows, max_rank, stream);  // only a narrow tile fits
   })
   return 0;
 }

@@ -20,11 +20,6 @@ struct RmsNorm {
   float eps;
 };
 
-template <class T>
-__device__ __forceinline__ T normalize(T x, float factor, T weight) {
-  return from_float<T>(to_float(weight) * to_float(from_float<T>(to_float(x) * factor)));
-}
-
 template <class T, int kVectors, bool kAdd>
 __global__ void __launch_bounds__(512) rms_norm_kernel(const RmsNorm<T> op) {
   constexpr int kWidth = kWide<T>;
@@ -51,13 +46,11 @@ __global__ void __launch_bounds__(512) rms_norm_kernel(const RmsNorm<T> op) {
   for (int i = 0; i < kVectors; i++) {
     const int at = threadIdx.x + i * blockDim.x;
     if (at >= vectors) continue;
-#pragma unroll
-    for (int j = 0; j < kWidth; j++) {
-      if (kAdd) x[i].values[j] = from_float<T>(to_float(residual[i].values[j]) + to_float(x[i].values[j]));
-      const float value = to_float(x[i].values[j]);
-      squares += value * value;
+    if (kAdd) {
+      x[i] = add(residual[i], x[i]);
+      store_vector(op.summed + row * op.dim + at * kWidth, x[i]);
     }
-    if (kAdd) store_vector(op.summed + row * op.dim + at * kWidth, x[i]);
+    squares += sum_of_squares(x[i]);
   }
   const float factor = rsqrtf(block_sum(squares) / (float)op.dim + op.eps);
 #pragma unroll
@@ -65,9 +58,7 @@ __global__ void __launch_bounds__(512) rms_norm_kernel(const RmsNorm<T> op) {
     const int at = threadIdx.x + i * blockDim.x;
     if (at >= vectors) continue;
     if (!kWeightFirst) weight[i] = load_vector<kWidth>(op.weight + at * kWidth);
-#pragma unroll
-    for (int j = 0; j < kWidth; j++) x[i].values[j] = normalize(x[i].values[j], factor, weight[i].values[j]);
-    store_vector(op.normed + row * op.dim + at * kWidth, x[i]);
+    store_vector(op.normed + row * op.dim + at * kWidth, normalize(x[i], factor, weight[i]));
   }
 }
 
@@ -90,7 +81,8 @@ __global__ void __launch_bounds__(256) rms_norm_any_kernel(const RmsNorm<T> op) 
   }
   const float factor = rsqrtf(block_sum(squares) / (float)op.dim + op.eps);
   for (int64_t i = threadIdx.x; i < op.dim; i += blockDim.x) {
-    op.normed[row * op.dim + i] = normalize(kAdd ? summed[i] : x[i], factor, op.weight[i]);
+    const T rounded = from_float<T>(to_float(kAdd ? summed[i] : x[i]) * factor);
+    op.normed[row * op.dim + i] = from_float<T>(to_float(op.weight[i]) * to_float(rounded));
   }
 }
 

@@ -22,27 +22,24 @@ struct RopeWrite {
   int group_shift;  // log2 of the threads of a head
 };
 
-// One head's pieces of a thread: weight * (x * factor), rounded twice, then rotated in float32. The products are
-// rounded one by one, as torch does, so that 16-bit results equal the reference's.
+// A head's normed pieces of a thread against each other, in float32. The products are rounded one by one, as torch
+// does, so that 16-bit results equal the reference's.
 template <class T, int kWidth>
-__device__ __forceinline__ void norm_and_rotate(Vector<T, kWidth>& first, Vector<T, kWidth>& second, float factor,
-                                                const Vector<T, kWidth>& weight_first,
-                                                const Vector<T, kWidth>& weight_second, const float* cosine,
-                                                const float* sine) {
+__device__ __forceinline__ void rotate(Vector<T, kWidth>& first, Vector<T, kWidth>& second, const float* cosine,
+                                       const float* sine) {
+  auto a = unpack(first), b = unpack(second);
 #pragma unroll
   for (int i = 0; i < kWidth; i += 4) {
-    const auto cos4 = load_vector<4>(cosine + i), sin4 = load_vector<4>(sine + i);
+    const auto cos4 = unpack(load_vector<4>(cosine + i)), sin4 = unpack(load_vector<4>(sine + i));
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-      const float w1 = to_float(weight_first.values[i + j]), w2 = to_float(weight_second.values[i + j]);
-      const T x1 = from_float<T>(to_float(first.values[i + j]) * factor);
-      const T x2 = from_float<T>(to_float(second.values[i + j]) * factor);
-      const float a = to_float(from_float<T>(w1 * to_float(x1))), b = to_float(from_float<T>(w2 * to_float(x2)));
-      const float c = cos4.values[j], s = sin4.values[j];
-      first.values[i + j] = from_float<T>(__fsub_rn(__fmul_rn(a, c), __fmul_rn(b, s)));
-      second.values[i + j] = from_float<T>(__fadd_rn(__fmul_rn(b, c), __fmul_rn(a, s)));
+      const float x = a[i + j], y = b[i + j];
+      a[i + j] = __fsub_rn(__fmul_rn(x, cos4[j]), __fmul_rn(y, sin4[j]));
+      b[i + j] = __fadd_rn(__fmul_rn(y, cos4[j]), __fmul_rn(x, sin4[j]));
     }
   }
+  first = pack<T, kWidth>(a);
+  second = pack<T, kWidth>(b);
 }
 
 template <class T, int kWidth>
@@ -68,11 +65,7 @@ __global__ void __launch_bounds__(512) rope_write_kernel(const RopeWrite<T> op) 
     second = load_vector<kWidth>(from + half);
     position = op.positions[token];
     if (!is_q) slot = op.slots[token];
-#pragma unroll
-    for (int i = 0; i < kWidth; i++) {
-      const float a = to_float(first.values[i]), b = to_float(second.values[i]);
-      squares += a * a + b * b;
-    }
+    squares = sum_of_squares(first) + sum_of_squares(second);
   }
   for (int offset = 1 << op.group_shift >> 1; offset > 0; offset /= 2) {
     squares += __shfl_xor_sync(0xffffffffu, squares, offset);
@@ -81,7 +74,9 @@ __global__ void __launch_bounds__(512) rope_write_kernel(const RopeWrite<T> op) 
   if (!is_v) {
     const float factor = rsqrtf(squares / (float)op.head_dim + op.eps);
     const float* cosine = op.table + position * op.head_dim + at;
-    norm_and_rotate(first, second, factor, weight_first, weight_second, cosine, cosine + half);
+    first = normalize(first, factor, weight_first);
+    second = normalize(second, factor, weight_second);
+    rotate(first, second, cosine, cosine + half);
   }
   T* to = is_q   ? op.q + (token * op.heads + head) * op.head_dim
           : is_v ? op.v_cache + slot * op.v_stride + (head - op.heads - op.kv_heads) * op.head_dim

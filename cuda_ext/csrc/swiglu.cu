@@ -21,13 +21,10 @@ __global__ void __launch_bounds__(kSwigluThreads)
   if (column >= ffn) return;
   const T* from = gate_up + row * stride + column;
   const auto gate = load_vector<kWidth>(from), up = load_vector<kWidth>(from + ffn);
-  Vector<T, kWidth> result;
+  auto activated = unpack(gate);
 #pragma unroll
-  for (int i = 0; i < kWidth; i++) {
-    const T activated = from_float<T>(silu(to_float(gate.values[i]), T{}));
-    result.values[i] = from_float<T>(to_float(activated) * to_float(up.values[i]));
-  }
-  store_vector(out + row * ffn + column, result);
+  for (int i = 0; i < kWidth; i++) activated[i] = silu(activated[i], T{});
+  store_vector(out + row * ffn + column, multiply(pack<T, kWidth>(activated), up));
 }
 
 }  // namespace ember
