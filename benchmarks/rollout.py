@@ -69,6 +69,8 @@ ENGINES = ("ember", "transformers", "vllm")
 LEAST_REPETITIONS = 3
 """A median of fewer says little; such rows are not kept."""
 
+COUNTS = ("decode_steps", "prefill_tokens", "prefix_hit_tokens")
+
 SAME_ROW = ("engine", "row", "git_commit", "gpu", "model", "dtype")
 
 
@@ -167,7 +169,8 @@ def measure(engine: Engine, row: Row, config: Qwen3Config, options: argparse.Nam
             runs.append({"seconds": seconds} | figures)
     times = [run["seconds"] for run in runs]
     middle = min(runs, key=lambda run: abs(run["seconds"] - statistics.median(times)))
-    steps = middle.get("decode_steps", 0)
+    whole = {name: int(middle[name]) if name in middle else None for name in COUNTS}
+    steps = whole["decode_steps"]
     return found | {
         "seconds": statistics.median(times),
         "seconds_min": min(times),
@@ -175,10 +178,8 @@ def measure(engine: Engine, row: Row, config: Qwen3Config, options: argparse.Nam
         "repetitions": len(times),
         "prefill_s": middle.get("prefill_s"),
         "decode_s": middle.get("decode_s"),
-        "decode_steps": steps or None,
         "ms_per_step": 1e3 * middle["decode_s"] / steps if steps else None,
-        "prefill_tokens": middle.get("prefill_tokens"),
-        "prefix_hit_tokens": middle.get("prefix_hit_tokens"),
+        **whole,
         "peak_gib": None if options.device == "cpu" else torch.cuda.max_memory_allocated() / 2**30,
     }
 

@@ -118,7 +118,7 @@ def step_breakdown(
         raise Refused("the breakdown of a step needs a GPU")
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         engine.generate(prompts, options.seed)
         torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
