@@ -10,7 +10,7 @@ from ember_ray.config.schema import DpoExtractConfig
 from ember_ray.data.example import Example
 from ember_ray.data.extraction import generate_examples
 from ember_ray.data.jsonl import load_jsonl
-from ember_ray.engine.options import EngineOptions
+from ember_ray.engine.options import CPU_KV_BLOCKS, EngineOptions
 from ember_ray.engine.sampling_params import SamplingParams
 from ember_ray.model.plan import plan_stages, stage_bytes
 from ember_ray.model.qwen3_config import read_model_config
@@ -44,6 +44,11 @@ def engine_options(config: DpoExtractConfig) -> EngineOptions:
             max_model_len=engine.max_model_len,
             prefix_sharing=engine.prefix_sharing,
             micro_batches=engine.micro_batches,
+            gpu_memory_utilization=engine.gpu_memory_utilization,
+            lora_mode=engine.lora_mode,
+            enforce_eager=engine.enforce_eager,
+            num_scheduler_steps=engine.num_scheduler_steps,
+            prefill_attention=engine.prefill_attention,
             seed=config.seed,
         )
 
@@ -51,13 +56,14 @@ def engine_options(config: DpoExtractConfig) -> EngineOptions:
 def plan(config: DpoExtractConfig) -> str:
     """What ``--dry-run`` prints below the configuration."""
     options, shape = engine_options(config), read_model_config(model_path(config))
+    blocks = options.num_kv_blocks or (CPU_KV_BLOCKS if options.device == "cpu" else None)
     stages = stage_plans(
         options.layer_split,
         stage_bytes(shape, options.layer_split, options.dtype),
         kv_heads=shape.num_key_value_heads,
         head_dim=shape.head_dim,
         dtype=options.dtype,
-        kv_tokens=options.num_kv_blocks * options.block_size,
+        kv_tokens=None if blocks is None else blocks * options.block_size,
     )
     return render_plan(config, stages)
 

@@ -16,17 +16,23 @@ class StagePlan:
     Attributes:
         first_layer, num_layers: which layers it owns.
         weight_bytes: its weights, embedding and LM head included.
-        kv_bytes: its KV blocks.
+        kv_bytes: its KV blocks; None where their number is found out on the GPU.
     """
 
     first_layer: int
     num_layers: int
     weight_bytes: int
-    kv_bytes: int
+    kv_bytes: int | None
 
 
 def stage_plans(
-    layer_split: Sequence[int], weight_bytes: Sequence[int], *, kv_heads: int, head_dim: int, dtype: str, kv_tokens: int
+    layer_split: Sequence[int],
+    weight_bytes: Sequence[int],
+    *,
+    kv_heads: int,
+    head_dim: int,
+    dtype: str,
+    kv_tokens: int | None,
 ) -> list[StagePlan]:
     """Stages from a layer split and the weights of each.
 
@@ -35,12 +41,12 @@ def stage_plans(
         weight_bytes: bytes of each stage's weights.
         kv_heads, head_dim: of the model.
         dtype: of the KV cache.
-        kv_tokens: tokens that the cache holds (``num_kv_blocks * block_size``).
+        kv_tokens: tokens that the cache holds (``num_kv_blocks * block_size``); None for what fits on the GPU.
     """
     element = {"float32": 4, "bfloat16": 2, "float16": 2}[dtype]
     plans, first = [], 0
     for layers, size in zip(layer_split, weight_bytes, strict=True):
-        kv = 2 * layers * kv_heads * head_dim * element * kv_tokens  # K and V
+        kv = None if kv_tokens is None else 2 * layers * kv_heads * head_dim * element * kv_tokens  # K and V
         plans.append(StagePlan(first, layers, size, kv))
         first += layers
     return plans
@@ -59,9 +65,13 @@ def render_plan(config: DpoExtractConfig, stages: Sequence[StagePlan]) -> str:
     per_step = dpo.per_device_train_batch_size * dpo.gradient_accumulation_steps
     steps = math.ceil(pairs / per_step) * dpo.epochs_per_round
     sampled = data.eval_prompts * data.eval_samples
-    memory = sum(stage.weight_bytes + stage.kv_bytes for stage in stages)
+    memory = sum(stage.weight_bytes + (stage.kv_bytes or 0) for stage in stages)
+    share = f"what fits in {config.engine.gpu_memory_utilization:.0%} of the GPU"
+    more = " without KV cache" if any(stage.kv_bytes is None for stage in stages) else ""
 
-    rows = [("stages", f"{len(stages)} on {config.model.device}, {config.model.dtype}, {format_bytes(memory)} in all")]
+    rows = [
+        ("stages", f"{len(stages)} on {config.model.device}, {config.model.dtype}, {format_bytes(memory)} in all{more}")
+    ]
     for index, stage in enumerate(stages):
         last = stage.first_layer + stage.num_layers - 1
         layers = f"layer {last}" if stage.num_layers == 1 else f"layers {stage.first_layer} to {last}"
@@ -70,7 +80,7 @@ def render_plan(config: DpoExtractConfig, stages: Sequence[StagePlan]) -> str:
             (
                 f"  stage {index}",
                 f"{', '.join([layers, *ends])}: {format_bytes(stage.weight_bytes)} weights, "
-                f"{format_bytes(stage.kv_bytes)} KV cache",
+                f"{share if stage.kv_bytes is None else format_bytes(stage.kv_bytes)} KV cache",
             )
         )
     rows += [

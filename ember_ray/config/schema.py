@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ember_ray.engine.options import CPU_KV_BLOCKS
+
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LossType = Literal[
     "sigmoid",
@@ -86,8 +88,13 @@ class EngineSection(Section):
         1, description="Pipeline stages: a number (split evenly by cost) or the layers of each, e.g. [9, 27]."
     )
     block_size: PositiveInt = Field(16, description="Tokens in one KV block.")
-    num_kv_blocks: PositiveInt = Field(
-        2048, description="KV blocks of each stage; when they run out, work is preempted."
+    num_kv_blocks: PositiveInt | None = Field(
+        None,
+        description="KV blocks of each stage; when they run out, work is preempted. "
+        f"null = {CPU_KV_BLOCKS} on a CPU, and on a GPU as many as fit.",
+    )
+    gpu_memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="Share of a GPU's memory for weights, activations and KV blocks of a stage."
     )
     max_num_seqs: PositiveInt = Field(128, description="Most candidates that generate at the same time.")
     max_num_batched_tokens: PositiveInt = Field(2048, description="Most tokens in one forward, prefill included.")
@@ -98,6 +105,16 @@ class EngineSection(Section):
     micro_batches: PositiveInt | None = Field(
         None, description="Batches in flight through the pipeline; null = as many as there are stages."
     )
+    lora_mode: Literal["slots", "merged"] = Field(
+        "slots", description="Adapters beside the base weights, or merged into a second copy of them."
+    )
+    enforce_eager: bool = Field(False, description="Decode on a GPU without captured CUDA graphs (for debugging).")
+    num_scheduler_steps: PositiveInt = Field(
+        4, description="Decode steps planned at once on a GPU; results are looked at one plan late."
+    )
+    prefill_attention: Literal["auto", "kernel", "cudnn", "torch_flash", "sdpa", "flash_attn"] = Field(
+        "auto", description="Attention over prompts on a GPU; auto takes the fastest that is there."
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> EngineSection:
@@ -106,7 +123,11 @@ class EngineSection(Section):
                 f"engine.max_num_batched_tokens={self.max_num_batched_tokens} is less than "
                 f"engine.max_num_seqs={self.max_num_seqs}, but a decode step has one token a candidate; raise it"
             )
-        if self.max_model_len is not None and self.max_model_len > self.num_kv_blocks * self.block_size:
+        if (
+            self.max_model_len is not None
+            and self.num_kv_blocks is not None
+            and self.max_model_len > self.num_kv_blocks * self.block_size
+        ):
             raise ValueError(
                 f"engine.num_kv_blocks={self.num_kv_blocks} x engine.block_size={self.block_size} holds "
                 f"{self.num_kv_blocks * self.block_size} tokens, less than one sequence of "

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+CPU_KV_BLOCKS = 2048
+"""KV blocks of a stage on a CPU where the options name no number."""
+
 _CHOICES = {
     "dtype": ("float32", "bfloat16", "float16"),
     "load_format": ("auto", "dummy"),

@@ -25,7 +25,7 @@ from ember_ray.engine.block_pool import BlockPool
 from ember_ray.engine.cuda_runner import CudaRunner
 from ember_ray.engine.eager_runner import EagerRunner
 from ember_ray.engine.kv_memory import fitting_kv_blocks
-from ember_ray.engine.options import EngineOptions
+from ember_ray.engine.options import CPU_KV_BLOCKS, EngineOptions
 from ember_ray.engine.request import Candidate, GenerationRequest
 from ember_ray.engine.scheduler import Scheduler, StepPlan
 from ember_ray.engine.scorer import Scorer, ScoreRequest
@@ -43,8 +43,8 @@ from ember_ray.model.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-CPU_KV_BLOCKS = 2048
-"""KV blocks of a stage on a CPU where the options name no number."""
+_AGREEMENT_TAG = 1
+"""Of the message in which stages tell each other how many KV blocks fit; steps count their tags from 2."""
 
 
 class Runner(Protocol):
@@ -72,6 +72,16 @@ class Runner(Protocol):
 
     def end(self) -> None:
         """A rollout has ended, well or not."""
+
+
+def smallest(transport: Transport, value: int) -> int:
+    """The smallest of all stages' values: their copies of the scheduler must have equal pools."""
+    others = [stage for stage in range(transport.world_size) if stage != transport.rank]
+    for stage in others:
+        transport.send(torch.tensor([value]), stage, _AGREEMENT_TAG)
+    values = [int(transport.receive(torch.zeros(1, dtype=torch.int64), stage, _AGREEMENT_TAG)) for stage in others]
+    transport.flush()
+    return min([value, *values])
 
 
 class StageEngine:
@@ -119,9 +129,10 @@ class StageEngine:
         self._slots = AdapterSlots(config, layers, self.dtype, options.device, merged=merged)
         self.num_lanes = min(options.micro_batches or len(split), options.max_num_seqs)
         ahead = device.type == "cuda" and len(split) == 1
-        num_blocks = options.num_kv_blocks or (
-            fitting_kv_blocks(options, self.model, self.prefill_backend) if device.type == "cuda" else CPU_KV_BLOCKS
-        )
+        num_blocks = options.num_kv_blocks or CPU_KV_BLOCKS
+        if options.num_kv_blocks is None and device.type == "cuda":
+            num_blocks = smallest(transport, fitting_kv_blocks(options, self.model, self.prefill_backend))
+            logger.info("stage %d: %d KV blocks of %d tokens", stage, num_blocks, options.block_size)
         # one block more, which nobody reads: padding rows of a captured graph write there
         slots = (num_blocks + ahead) * options.block_size
         shape = (len(layers), 2, slots, config.num_key_value_heads, config.head_dim)

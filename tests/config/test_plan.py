@@ -45,3 +45,11 @@ def test_bytes_are_told_in_the_fitting_unit() -> None:
         "3.0 MiB",
         "5.0 GiB",
     ]
+
+
+def test_a_cache_that_is_sized_on_the_gpu_is_said_to_be_so() -> None:
+    config = DpoExtractConfig()
+    stages = stage_plans((2,), (2**20,), kv_heads=1, head_dim=1, dtype="bfloat16", kv_tokens=None)
+    text = render_plan(config, stages)
+    assert "1.0 MiB in all without KV cache" in text
+    assert "what fits in 90% of the GPU KV cache" in text

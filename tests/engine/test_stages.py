@@ -14,7 +14,7 @@ from ember_ray.engine.options import EngineOptions
 from ember_ray.engine.request import GenerationRequest
 from ember_ray.engine.sampling_params import SamplingParams
 from ember_ray.engine.scheduler import RequestError
-from ember_ray.engine.stage_engine import StageEngine
+from ember_ray.engine.stage_engine import StageEngine, smallest
 from ember_ray.engine.transport import LoopbackTransport, ProcessGroupTransport, TransportError
 from ember_ray.model.lora import AdapterUpdate, load_peft_adapter
 from tests.support.peft_adapters import make_adapter
@@ -202,3 +202,11 @@ def test_what_was_delivered_is_let_go_while_a_batch_runs(folder: Path, lanes: in
         # one step more than is in flight: what is sent now, before the next look; results go to two stages
         assert held[0] <= 2 * lanes + 1 and held[1] <= 2 * lanes + 1 and held[2] <= 2 * lanes + 2
         assert all(not engine.transport._sending for engine in pipeline.engines)
+
+
+def test_stages_agree_on_the_smallest_pool(folder: Path) -> None:
+    with Pipeline(EngineOptions(str(folder)), (1, 1, 1)) as pipeline:
+        found: dict[int, int] = {}
+        offers = {0: 700, 1: 300, 2: 500}
+        pipeline.each(lambda n: found.__setitem__(n, smallest(pipeline.engines[n].transport, offers[n])))
+    assert found == {0: 300, 1: 300, 2: 300}
