@@ -79,12 +79,16 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="default: all; " + " ".join(r.name for r in ROWS))
     parser.add_argument("--engine", nargs="+", choices=ENGINES, default=["ember"])
     parser.add_argument("--model", type=Path, help="a real model folder instead of random weights")
-    parser.add_argument("--shape", choices=SHAPES, default="qwen3-4b", help="tiny: a small shape and small rows")
+    parser.add_argument(
+        "--shape", choices=SHAPES, default="qwen3-4b", help="tiny: a small shape and rows, to try it out"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--repetitions", type=int, default=3, help="fewer than 3 is a try: printed, not written down")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--output", type=Path, help="default: reports/rollout_<gpu>_<date>/rollout.jsonl")
+    parser.add_argument(
+        "--output", type=Path, help="default: reports/rollout_<gpu>_<date>/rollout.jsonl; none with --shape tiny"
+    )
     parser.add_argument("--again", action="store_true", help="measure rows that the output has already")
     parser.add_argument("--breakdown", action="store_true", help="add the parts of a decode step (ember on a GPU)")
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
@@ -270,6 +274,9 @@ class Run:
             "git_commit": options.git_commit or commit,
             "git_dirty": dirty,
         }
+        self.keeps = options.repetitions >= LEAST_REPETITIONS and (
+            options.shape != "tiny" or options.output is not None
+        )
         default = Path("reports") / f"rollout_{short_name(gpu)}_{date.today().isoformat()}" / "rollout.jsonl"
         self.output: Path = options.output or default
         self.failed: list[str] = []
@@ -316,11 +323,11 @@ class Run:
     def _write(self, name: str, row: Row, measured: dict[str, Any], implementation: dict[str, str]) -> None:
         line = rounded(finished_row(row, name, measured, self.config, implementation | self.common, self.hardware))
         print(json_line(line), end="", flush=True)
-        if self.options.repetitions >= LEAST_REPETITIONS:
+        if self.keeps:
             write_jsonl(self.output, [*read_jsonl(self.output), line])
 
     def _is_there(self, name: str, row: Row) -> bool:
-        if self.options.again or self.common["git_commit"] is None:
+        if self.options.again or not self.keeps or self.common["git_commit"] is None:
             return False
         wanted = {"engine": name, "row": row.name} | self.common
         found = any(all(line.get(k) == wanted[k] for k in SAME_ROW) for line in read_jsonl(self.output))

@@ -200,11 +200,16 @@ def test_what_fails_is_told_and_takes_nothing_along(tmp_path: Path, capsys: pyte
     assert len(output.read_text().splitlines()) == 2
 
 
-def test_a_try_is_printed_but_not_written_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    output = tmp_path / "rollout.jsonl"
-    call = ["--shape", "tiny", "--device", "cpu", "--output", str(output), "--rows", "1x1_2048_128"]
-    assert rollout.main([*call, "--repetitions", "1"]) == 0
-    assert json.loads(capsys.readouterr().out)["repetitions"] == 1 and not output.exists()
+def test_a_try_is_printed_but_not_written_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    call = ["--shape", "tiny", "--device", "cpu", "--rows", "1x1_2048_128"]
+    assert rollout.main([*call, "--repetitions", "1", "--output", "rollout.jsonl"]) == 0
+    assert json.loads(capsys.readouterr().out)["repetitions"] == 1
+    assert rollout.main(call) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == "tiny"
+    assert not list(tmp_path.iterdir())
 
 
 def test_vllm_that_is_not_there_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
