@@ -1,9 +1,9 @@
-// What the sampling kernels share: the arguments, the walk over a row, random numbers, block-wide sums, and the last
-// step of every draw, the search in one chunk.
+// What the sampling kernels share: the arguments, the walk over a line of logits, random numbers, and the search for
+// the place in a cumulative sum where a draw falls.
 //
-// A row of logits is cut into chunks of 2048, whatever the batch, so that no result depends on the other rows. A warp
-// reads a chunk in 16-byte pieces: piece v of lane l begins at element (v * 32 + l) * (elements a piece). The pieces of
-// one lane are a group; its largest logit is kept for rows that have filters.
+// A line is cut into chunks of 2048, whatever the batch, so that no result depends on the other rows. A warp reads a
+// chunk in 16-byte pieces: piece v of lane l begins at element (v * 32 + l) * (elements a piece). The pieces of one
+// lane are a group; its largest logit is kept for rows that have filters.
 #pragma once
 
 #include "common.cuh"
@@ -12,6 +12,7 @@ namespace ember::sampling {
 
 using u64 = unsigned long long;
 
+constexpr int kThreads = 256;  // of a block that draws
 constexpr int kChunk = 2048;
 constexpr int kMaxChunks = 512;
 constexpr float kLog2E = 1.4426950408889634f;
@@ -27,21 +28,14 @@ struct Args {
   const int64_t *seed, *prompt_hash;
   int* tokens;
   float *logprobs, *sampling_logprobs;
-  float4* partials;    // [rows, chunks]: maximum, sum at temperature 1, sum at the row's temperature
-  float* group_max;    // [rows, chunks * 32]
+  float4* partials;  // [rows, chunks]: maximum, sum at temperature 1, sum at the row's temperature
+  float* group_max;  // [rows, chunks * 32]
   int rows, vocab, chunks;
-  bool aligned;        // all lines begin and end at multiples of 16 bytes
 };
 
 __device__ __forceinline__ bool has_filters(const Args& a, int row) {
   const int k = a.top_k[row];
   return a.temperature[row] != 0.f && ((k > 0 && k < a.vocab) || a.top_p[row] < 1.f || a.min_p[row] > 0.f);
-}
-
-template <class scalar>
-__device__ __forceinline__ const scalar* line_of(const Args& a, int row) {
-  const int64_t line = a.logits_rows ? a.logits_rows[row] : row;
-  return static_cast<const scalar*>(a.logits) + line * a.vocab;
 }
 
 // Factor of a difference of logits in the exponent of 2; finite however small the temperature.
@@ -74,42 +68,52 @@ __device__ __forceinline__ uint32_t bits_of(fp16 x) { return __half_as_ushort(x)
 template <class scalar>
 struct Piece {
   static constexpr int kSize = 16 / sizeof(scalar);
-  static constexpr int kPerLane = kChunk / 32 / kSize;
   uint32_t words[4];
 
-  // Elements at or behind `vocab` are -inf. In aligned lines a piece lies all before or all behind it.
-  __device__ __forceinline__ void load_aligned(const scalar* line, int start, int vocab) {
-    const uint32_t none = bits_of(from_float<scalar>(-INFINITY)) * (sizeof(scalar) == 2 ? 0x10001u : 1u);
-    uint4 four = {none, none, none, none};
-    if (start < vocab) four = *reinterpret_cast<const uint4*>(line + start);
-    words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
-  }
-  __device__ __forceinline__ void load_anywhere(const scalar* line, int start, int vocab) {
-    words[0] = words[1] = words[2] = words[3] = 0;
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      const scalar value = start + i < vocab ? line[start + i] : from_float<scalar>(-INFINITY);
-      words[i * 4 / kSize] |= bits_of(value) << (kSize == 8 ? i % 2 * 16 : 0);
-    }
-  }
-  __device__ __forceinline__ void load(const scalar* line, int start, int vocab, bool aligned) {
-    if (aligned) {
-      load_aligned(line, start, vocab);
-    } else {
-      load_anywhere(line, start, vocab);
-    }
-  }
+  __device__ __forceinline__ float operator[](int i) const { return unpack(scalar(), words, i); }
   // Lets the compiler unpack again rather than keep the floats, which are twice as many registers.
   __device__ __forceinline__ void forget_unpacked() {
     asm volatile("" : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3]));
   }
-  __device__ __forceinline__ float operator[](int i) const { return unpack(scalar(), words, i); }
+};
+
+// A line of logits, -inf behind its end. In aligned ones a piece lies all before or all behind the end.
+template <class scalar_, bool kAligned>
+struct Line {
+  using scalar = scalar_;
+  static constexpr int kSize = Piece<scalar>::kSize;
+  static constexpr int kPerLane = kChunk / 32 / kSize;  // pieces of a chunk
+  const scalar* logits;
+  int vocab;
+
+  __device__ __forceinline__ Line(const Args& a, int row) : vocab(a.vocab) {
+    const int64_t line = a.logits_rows ? a.logits_rows[row] : row;
+    logits = static_cast<const scalar*>(a.logits) + line * a.vocab;
+  }
+  __device__ __forceinline__ Piece<scalar> piece(int start) const {
+    const uint32_t none = bits_of(from_float<scalar>(-INFINITY));
+    Piece<scalar> piece;
+    if (kAligned) {
+      const uint32_t word = none * (sizeof(scalar) == 2 ? 0x10001u : 1u);
+      uint4 four = {word, word, word, word};
+      if (start < vocab) four = *reinterpret_cast<const uint4*>(logits + start);
+      piece.words[0] = four.x, piece.words[1] = four.y, piece.words[2] = four.z, piece.words[3] = four.w;
+    } else {
+      piece.words[0] = piece.words[1] = piece.words[2] = piece.words[3] = 0;
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        const uint32_t bits = start + i < vocab ? bits_of(logits[start + i]) : none;
+        piece.words[i * 4 / kSize] |= bits << (kSize == 8 ? i % 2 * 16 : 0);
+      }
+    }
+    return piece;
+  }
 };
 
 // Philox4x32-10 (Salmon et al. 2011, section 3.3) with the counters of cuda_ext/sampling.py: a number in (0, 1).
-__device__ inline double uniform(const Args& a, int row) {
+__device__ __forceinline__ double uniform(const Args& a, int row, int position) {
   const u64 seed = a.seed[row], prompt = a.prompt_hash[row];
-  uint32_t c0 = a.candidate[row], c1 = a.num_tokens[a.slot[row]], c2 = (uint32_t)prompt, c3 = (uint32_t)(prompt >> 32);
+  uint32_t c0 = a.candidate[row], c1 = position, c2 = (uint32_t)prompt, c3 = (uint32_t)(prompt >> 32);
   uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
 #pragma unroll
   for (int round = 0; round < 10; ++round) {
@@ -125,91 +129,124 @@ __device__ inline double uniform(const Args& a, int row) {
   return (double)(((u64)c0 << 20) | (c1 >> 12)) * 0x1p-52 + 0x1p-53;
 }
 
-// Sum over the block of the threads before this one; `total` is the sum over all. The sum behind a thread is, to the
-// bit, the sum before the next one.
-template <int kThreads, class T>
-__device__ __forceinline__ T scan(T value, T& through, T& total) {
-  __shared__ T warp_totals[kThreads / 32];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  T sum = value;
+// Sum over the lanes up to this one.
+template <class T>
+__device__ __forceinline__ T warp_scan(T sum) {
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
     const T other = __shfl_up_sync(~0u, sum, step);
-    if (lane >= step) sum += other;
+    if ((int)threadIdx.x % 32 >= step) sum += other;
   }
+  return sum;
+}
+
+// Sum over the threads of the block before this one; `total` is the sum over all.
+__device__ __forceinline__ u64 block_scan(u64 value, u64& total) {
+  __shared__ u64 warp_totals[kThreads / 32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const u64 sum = warp_scan(value);
   __syncthreads();  // of an earlier call everybody has read the totals
   if (lane == 31) warp_totals[warp] = sum;
   __syncthreads();
-  T offset = 0;
+  u64 offset = 0;
   total = 0;
 #pragma unroll
   for (int i = 0; i < kThreads / 32; ++i) {
     if (i == warp) offset = total;
     total += warp_totals[i];
   }
-  const T before = __shfl_up_sync(~0u, sum, 1);
-  through = offset + sum;
-  return lane ? offset + before : offset;
+  return offset + sum - value;
 }
 
-template <int kThreads>
-__device__ __forceinline__ float block_max(float value) {
-  __shared__ float warp_max[kThreads / 32];
-#pragma unroll
-  for (int step = 16; step; step /= 2) value = fmaxf(value, __shfl_xor_sync(~0u, value, step));
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) warp_max[threadIdx.x / 32] = value;
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < kThreads / 32; ++i) value = fmaxf(value, warp_max[i]);
-  return value;
+// The first chunk in whose stretch of the cumulative sum of weight(chunk) the target lies, the sum before the chunk
+// and the target, which target_of(sum of all) gives and which must be under that sum. All warps do the same.
+template <class T>
+struct Place {
+  int chunk;
+  T before, target;
+};
+template <class T, class Weight, class TargetOf>
+__device__ __forceinline__ Place<T> find_chunk(int chunks, const Weight& weight, const TargetOf& target_of) {
+  const int each = (chunks + 31) / 32, first = (int)threadIdx.x % 32 * each, end = min(first + each, chunks);
+  T sum = 0;
+  for (int chunk = first; chunk < end; ++chunk) sum += weight(chunk);
+  const T through = warp_scan(sum);
+  T before = __shfl_up_sync(~0u, through, 1);
+  if (threadIdx.x % 32 == 0) before = 0;
+  Place<T> place = {0, before, target_of(__shfl_sync(~0u, through, 31))};
+  // a sum of doubles may step back by its last bit, so that two lanes claim the target: the first has it
+  const bool claims = before <= place.target && place.target < through;
+  const int owner = __ffs(__ballot_sync(~0u, claims)) - 1;
+  // in the lane, the last chunk with weight that begins before the target
+  for (int chunk = first; chunk < end; ++chunk) {
+    const T mine = weight(chunk);
+    if (mine > 0 && before <= place.target) place.chunk = chunk, place.before = before;
+    before += mine;
+  }
+  place.chunk = __shfl_sync(~0u, place.chunk, owner);
+  place.before = __shfl_sync(~0u, place.before, owner);
+  return place;
 }
 
 // What the partials of a row come to. Sums are relative to the largest logit; `sum_1` is at least 1 unless a logit is
-// NaN or +inf or all are -inf.
+// NaN or +inf or all are -inf. All warps do the same.
 struct RowSums {
   float largest;
-  double sum_1, sum_t;
+  double sum_1, sum_t;  // at temperature 1, and at the row's
+
+  __device__ __forceinline__ RowSums() {}
+  __device__ __forceinline__ RowSums(const float4* parts, int chunks, float factor) : largest(kLowest) {
+    const int lane = threadIdx.x % 32;
+    for (int chunk = lane; chunk < chunks; chunk += 32) largest = fmaxf(largest, parts[chunk].x);
+#pragma unroll
+    for (int step = 16; step; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
+    sum_1 = sum_t = 0.;
+    for (int chunk = lane; chunk < chunks; chunk += 32) {
+      const float4 part = parts[chunk];
+      sum_1 += (double)part.y * exp2_fast((part.x - largest) * kLog2E);
+      sum_t += (double)part.z * exp2_fast((part.x - largest) * factor);
+    }
+#pragma unroll
+    for (int step = 16; step; step /= 2) {
+      sum_1 += __shfl_xor_sync(~0u, sum_1, step);
+      sum_t += __shfl_xor_sync(~0u, sum_t, step);
+    }
+  }
   __device__ bool usable() const { return sum_1 >= 0.5; }
 };
 
 __device__ __forceinline__ void write_result(
-    const Args& a, int row, int token, float x, const RowSums& sums, double kept_sum, bool greedy) {
+    const Args& a, int row, int token, float x, const RowSums& sums, double kept_sum, float temperature) {
   a.tokens[row] = token;
   const double below = (double)x - sums.largest;
   a.logprobs[row] = (float)(below - log(sums.sum_1));
-  a.sampling_logprobs[row] = greedy ? 0.f : (float)(below / a.temperature[row] - log(kept_sum));
-}
-
-__device__ __forceinline__ void write_unusable(const Args& a, int row) {
-  a.tokens[row] = 0;
-  a.logprobs[row] = NAN;
-  a.sampling_logprobs[row] = a.temperature[row] == 0.f ? 0.f : NAN;
+  a.sampling_logprobs[row] = temperature == 0.f ? 0.f : (float)(below / temperature - log(kept_sum));
 }
 
 // Calls found(token, logit) in one thread: for the token of the chunk in whose stretch of the cumulative mass, over
 // tokens of at least `threshold`, `target` lies. Needs a token with mass; a target behind all of them takes the last.
-template <int kThreads, class scalar, class Found>
+template <class Line, class Found>
 __device__ __forceinline__ void draw_in_chunk(
-    const Args& a, const scalar* line, int chunk, float largest, float factor, float threshold, u64 target,
-    Found found) {
-  constexpr int kEach = kChunk / kThreads;
+    const Line& line, int chunk, float largest, float factor, float threshold, u64 target, const Found& found) {
+  constexpr int kEach = kChunk / kThreads, kPieces = kEach / Line::kSize;
   const int first = chunk * kChunk + (int)threadIdx.x * kEach;
-  float x[kEach];
-  u64 sum = 0;
+  Piece<typename Line::scalar> pieces[kPieces];
+  u64 masses[kEach], sum = 0, total;
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) x[i] = first + i < a.vocab ? to_float(line[first + i]) : -INFINITY;
-#pragma unroll
-  for (int i = 0; i < kEach; ++i) sum += x[i] >= threshold ? mass_of(x[i], largest, factor) : 0;
-  u64 through, total;
-  u64 before = scan<kThreads>(sum, through, total);
-  target = min(target, total - 1);
-  if (before > target || target >= through) return;
+  for (int p = 0; p < kPieces; ++p) pieces[p] = line.piece(first + p * Line::kSize);
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
-    const u64 mass = x[i] >= threshold ? mass_of(x[i], largest, factor) : 0;
-    if (before <= target && target < before + mass) found(first + i, x[i]);
-    before += mass;
+    const float x = pieces[i / Line::kSize][i % Line::kSize];
+    masses[i] = x >= threshold ? mass_of(x, largest, factor) : 0;
+    sum += masses[i];
+  }
+  u64 before = block_scan(sum, total);
+  target = min(target, total - 1);
+  if (before > target || target >= before + sum) return;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    if (before <= target && target < before + masses[i]) found(first + i, pieces[i / Line::kSize][i % Line::kSize]);
+    before += masses[i];
   }
 }
 

@@ -1,98 +1,268 @@
-// Exact selection from the top without sorting: the tools of sampling_filter.cu.
+// Rows with min-p, top-k or top-p: exact thresholds, ties at an edge kept, the vocabulary never sorted.
+//
+// The largest logits of the groups (sampling.cuh) give a bound that at least k logits reach. Usually only a few hundred
+// do: they are gathered from the groups that hold them and compared with each other, all with all. Where they are too
+// many (a flat distribution, thousands of ties, a very large k), the thresholds are selected digit by digit over the
+// line. Masses are integers, so neither way depends on the order in which threads come.
 #pragma once
 
-#include "sampling.cuh"
+#include "sampling_select.cuh"
 
 namespace ember::sampling {
 
-constexpr int kFilterThreads = 512;
-constexpr int kBins = 2048;
-constexpr int kDigits = 11;  // bits a pass
+constexpr int kListed = 1024;
+constexpr int kProbe = 256;  // logits to gather for top-p alone
+constexpr int kAhead = 4;    // pieces that a thread has on their way
 
-// Unsigned integers in the order of the floats.
-__device__ __forceinline__ uint32_t key_of(float x) {
-  const uint32_t bits = __float_as_uint(x);
-  return bits ^ (bits >> 31 ? 0xFFFFFFFFu : 0x80000000u);
-}
-__device__ __forceinline__ float float_of(uint32_t key) {
-  return __uint_as_float(key ^ (key >> 31 ? 0x80000000u : 0xFFFFFFFFu));
-}
-
-// 64-bit sums in two halves, as shared memory adds 32 bits at a time; sums of integers do not depend on their order.
-struct Histogram {
-  uint32_t low[kBins], high[kBins];
-
-  __device__ __forceinline__ void clear() {
-    for (int i = threadIdx.x; i < kBins; i += kFilterThreads) low[i] = high[i] = 0;
-  }
-  __device__ __forceinline__ void add(int bin, u64 weight) {
-    const uint32_t part = (uint32_t)weight;
-    const uint32_t carry = atomicAdd(&low[bin], part) > ~part;
-    const uint32_t upper = (uint32_t)(weight >> 32) + carry;
-    if (upper) atomicAdd(&high[bin], upper);
-  }
-  __device__ __forceinline__ u64 operator[](int bin) const { return (u64)high[bin] << 32 | low[bin]; }
+// A row with filters. top_k: 0 for off. floor: min-p's, as a logit.
+struct Row {
+  int index, top_k;
+  float temperature, top_p, factor, floor;
+  double draw;
+  RowSums sums;
 };
 
-// The largest x present such that the weights of all elements of at least x reach target_of(sum of all weights), which
-// must be at least 1; -inf where they never do. Called by the whole block.
-// visit(f) calls f(x) for each element, distributed over the threads; weigh(x) >= 0.
-// kPasses: 3 for float32; 2 for bfloat16 and float16, of which 22 bits of the key decide.
-template <int kPasses, class Visit, class Weigh, class Target>
-__device__ __forceinline__ float select_from_top(
-    Histogram& histogram, const Visit& visit, const Weigh& weigh, const Target& target_of) {
-  __shared__ int found;
-  __shared__ u64 found_above;
-  uint32_t prefix = 0;
-  u64 target = 0, above = 0;
-  int shift = 32;
-#pragma unroll 1
-  for (int pass = 0; pass < kPasses; ++pass) {
-    const int digits = min(kDigits, shift), fixed = shift;
-    shift -= digits;
-    const uint32_t digit_mask = (1u << digits) - 1;
-    histogram.clear();
-    __syncthreads();
-    visit([&](float x) {
-      const uint32_t key = key_of(x);
-      if (fixed < 32 && (key >> fixed) != prefix) return;
-      const u64 weight = weigh(x);
-      if (weight) histogram.add((key >> shift) & digit_mask, weight);
-    });
-    if (threadIdx.x == 0) found = -1;
-    __syncthreads();
-    constexpr int kEach = kBins / kFilterThreads;
-    const int top = kBins - 1 - (int)threadIdx.x * kEach;
-    u64 sum = 0, through, total;
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) sum += histogram[top - i];
-    u64 before = above + scan<kFilterThreads>(sum, through, total);
-    if (pass == 0) target = target_of(total);
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const u64 weight = histogram[top - i];
-      if (before < target && target <= before + weight) found = top - i, found_above = before;
-      before += weight;
-    }
-    __syncthreads();
-    if (found < 0) return -INFINITY;
-    prefix = prefix << digits | found;
-    above = found_above;
-    __syncthreads();
-  }
-  // of the narrow formats the bits left are zeros of the float
-  const uint32_t rest = shift == 0 ? 0 : prefix >> (31 - shift) ? 0u : (1u << shift) - 1;
-  return float_of(shift == 0 ? prefix : prefix << shift | rest);
+struct List {
+  float x[kListed], scaled[kListed];
+  int token[kListed];
+  u64 mass[kListed];
+};
+
+struct Shared {
+  union {
+    Histogram histogram;
+    int groups[kListed];
+    u64 chunk_mass[kMaxChunks];
+  };
+  List list;
+  Row row;  // here, for the sake of registers
+  int num_groups, num_listed;
+  float threshold;
+};
+
+// The least integer of at least share * total, from 1 to total.
+__device__ __forceinline__ u64 part_of(double share, u64 total) {
+  const double part = ceil(share * (double)total);
+  return min(max((u64)(part > 0. ? part : 0.), (u64)1), total);
 }
 
-// The lowest float whose quotient by the temperature rounds to at least `floor`. Filters compare quotients as they
-// round; comparing logits with this gives the same answer.
-__device__ inline float lowest_with_quotient(float floor, float temperature, float guess) {
-  if (!(floor > -INFINITY)) return -INFINITY;
-  float x = guess;
-  for (int i = 0; i < 64 && __fdiv_rn(x, temperature) >= floor; ++i) x = nextafterf(x, -INFINITY);
-  for (int i = 0; i < 64 && __fdiv_rn(x, temperature) < floor; ++i) x = nextafterf(x, INFINITY);
-  return x;
+__device__ __forceinline__ float lowest_tied(const Row& row, float x) {
+  return lowest_with_quotient(__fdiv_rn(x, row.temperature), row.temperature, x);
+}
+
+// Calls f(logit) for all logits in chunks whose largest is at least `lowest`.
+template <class Line, class F>
+__device__ __forceinline__ void visit_line(const Args& a, const Line& line, int row, float lowest, const F& f) {
+  constexpr int kStride = kThreads * Line::kSize;
+  const float4* parts = a.partials + (int64_t)row * a.chunks;
+  const int end = a.chunks * kChunk;
+  for (int start = threadIdx.x * Line::kSize; start < end; start += kStride * kAhead) {
+    Piece<typename Line::scalar> pieces[kAhead];
+    bool wanted[kAhead];
+#pragma unroll
+    for (int v = 0; v < kAhead; ++v) {
+      const int place = start + v * kStride;
+      wanted[v] = place < end && parts[place / kChunk].x >= lowest;
+      if (wanted[v]) pieces[v] = line.piece(place);
+    }
+#pragma unroll
+    for (int v = 0; v < kAhead; ++v) {
+      if (!wanted[v]) continue;
+#pragma unroll
+      for (int i = 0; i < Line::kSize; ++i) f(pieces[v][i]);
+    }
+  }
+}
+
+// Gathers the logits of at least `lowest`; false where they are more than the list holds.
+template <class Line>
+__device__ __forceinline__ bool gather(const Args& a, const Line& line, float lowest, Shared& shared) {
+  const Row& row = shared.row;
+  const int num_groups = a.chunks * 32;
+  const float* group_max = a.group_max + (int64_t)row.index * num_groups;
+  if (threadIdx.x == 0) shared.num_groups = shared.num_listed = 0;
+  __syncthreads();
+  for (int group = threadIdx.x; group < num_groups; group += kThreads) {
+    if (group_max[group] >= lowest) {
+      const int place = atomicAdd(&shared.num_groups, 1);
+      if (place < kListed) shared.groups[place] = group;
+    }
+  }
+  __syncthreads();
+  const int found = shared.num_groups;
+  if (found > kListed) return false;
+  for (int i = threadIdx.x; i < found * Line::kPerLane; i += kThreads) {
+    const int group = shared.groups[i / Line::kPerLane];
+    const int start = group / 32 * kChunk + (i % Line::kPerLane * 32 + group % 32) * Line::kSize;
+    const auto piece = line.piece(start);
+#pragma unroll
+    for (int j = 0; j < Line::kSize; ++j) {
+      const float x = piece[j];
+      if (x < lowest || start + j >= a.vocab) continue;
+      const int place = atomicAdd(&shared.num_listed, 1);
+      if (place >= kListed) continue;
+      shared.list.x[place] = x;
+      shared.list.scaled[place] = __fdiv_rn(x, row.temperature);
+      shared.list.token[place] = start + j;
+      shared.list.mass[place] = mass_of(x, row.sums.largest, row.factor);
+    }
+  }
+  __syncthreads();
+  return shared.num_listed <= kListed;
+}
+
+// Draws from the list, which holds all logits of at least `lowest`; false where that is not enough for top-p.
+__device__ __forceinline__ bool draw_from_list(const Args& a, float lowest, Shared& shared) {
+  constexpr int kEach = kListed / kThreads;
+  const Row& row = shared.row;
+  List& list = shared.list;
+  const int n = shared.num_listed;
+  const bool all_listed = row.top_k > 0 || lowest <= row.floor;  // all that top-p chooses from
+  u64 above[kEach], sum = 0, total;
+#pragma unroll
+  for (int e = 0; e < kEach; ++e) {
+    const int i = (int)threadIdx.x + e * kThreads;
+    above[e] = ~0ull;  // left out by top-k
+    if (i >= n) continue;
+    const float scaled = list.scaled[i];
+    int larger = 0;
+    u64 mass = 0;
+    for (int j = 0; j < n; ++j) {
+      const bool is_larger = list.scaled[j] > scaled;
+      larger += is_larger;
+      mass += is_larger ? list.mass[j] : 0;
+    }
+    if (row.top_k > 0 && larger >= row.top_k) continue;
+    above[e] = mass;
+    sum += list.mass[i];
+  }
+  block_scan(sum, total);
+  u64 limit = ~0ull;
+  if (row.top_p < 1.f) {
+    if (!all_listed) {
+      const double all = row.sums.sum_t * kUnit;
+      // the sum of floats is right to some 1e-7 of itself
+      if (row.floor > -INFINITY || (double)total < row.top_p * all * (1. + 1e-5)) return false;
+      total = (u64)all;
+    }
+    limit = part_of(row.top_p, total);
+  } else if (!all_listed) {
+    return false;
+  }
+  sum = 0;
+#pragma unroll
+  for (int e = 0; e < kEach; ++e) {
+    const int i = (int)threadIdx.x + e * kThreads;
+    if (i >= n) continue;
+    if (above[e] >= limit) list.mass[i] = 0;
+    sum += list.mass[i];
+  }
+  block_scan(sum, total);  // waits for all masses, too
+  const u64 target = min((u64)(row.draw * (double)total), total - 1);
+  for (int i = threadIdx.x; i < n; i += kThreads) {
+    const u64 mass = list.mass[i];
+    if (mass == 0) continue;
+    const int token = list.token[i];
+    u64 before = 0;
+    for (int j = 0; j < n; ++j) before += list.token[j] < token ? list.mass[j] : 0;
+    if (before <= target && target < before + mass) {
+      write_result(a, row.index, token, list.x[i], row.sums, (double)total / kUnit, row.temperature);
+    }
+  }
+  return true;
+}
+
+// The lowest logit that the filters keep, from the whole line.
+template <class Line>
+__device__ __forceinline__ float threshold_of_line(const Args& a, const Line& line, Shared& shared) {
+  using scalar = typename Line::scalar;
+  const Row& row = shared.row;
+  float lowest = row.floor;
+  const auto settle = [&](float selected) {  // what rounds to the same quotient is kept with it
+    if (threadIdx.x == 0) shared.threshold = fmaxf(lowest, lowest_tied(row, selected));
+    __syncthreads();
+    lowest = shared.threshold;
+    __syncthreads();
+  };
+  const auto visit = [&](const auto& f) { visit_line(a, line, row.index, lowest, f); };
+  if (row.top_k > 0) {
+    settle(select_from_top<scalar>(
+        shared.histogram, visit, [&](float x) -> u64 { return x >= lowest; }, [&](u64) -> u64 { return row.top_k; }));
+  }
+  if (row.top_p < 1.f) {
+    settle(select_from_top<scalar>(
+        shared.histogram, visit,
+        [&](float x) -> u64 { return x >= lowest ? mass_of(x, row.sums.largest, row.factor) : 0; },
+        [&](u64 total) -> u64 { return part_of(row.top_p, total); }));
+  }
+  return lowest;
+}
+
+// Draws among all logits of at least `threshold`.
+template <class Line>
+__device__ __forceinline__ void draw_from_line(const Args& a, const Line& line, float threshold, Shared& shared) {
+  const Row& row = shared.row;
+  const float4* parts = a.partials + (int64_t)row.index * a.chunks;
+  const int lane = threadIdx.x % 32;
+  for (int chunk = threadIdx.x / 32; chunk < a.chunks; chunk += kThreads / 32) {
+    u64 sum = 0;
+    if (parts[chunk].x >= threshold) {
+#pragma unroll kAhead
+      for (int v = 0; v < Line::kPerLane; ++v) {
+        const auto piece = line.piece(chunk * kChunk + (v * 32 + lane) * Line::kSize);
+#pragma unroll
+        for (int i = 0; i < Line::kSize; ++i) {
+          sum += piece[i] >= threshold ? mass_of(piece[i], row.sums.largest, row.factor) : 0;
+        }
+      }
+#pragma unroll
+      for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    }
+    if (lane == 0) shared.chunk_mass[chunk] = sum;
+  }
+  __syncthreads();
+  u64 total = 0;
+  const Place<u64> place = find_chunk<u64>(
+      a.chunks, [&](int chunk) { return shared.chunk_mass[chunk]; },
+      [&](u64 all) {
+        total = all;
+        return min((u64)(row.draw * (double)all), all - 1);
+      });
+  draw_in_chunk(
+      line, place.chunk, row.sums.largest, row.factor, threshold, place.target - place.before, [&](int token, float x) {
+        write_result(a, row.index, token, x, row.sums, (double)total / kUnit, row.temperature);
+      });
+}
+
+// Called by the whole block; `given` lacks the floor.
+template <class Line>
+__device__ __forceinline__ void draw_filtered(const Args& a, const Line& line, const Row& given, Shared& shared) {
+  if (threadIdx.x == 0) {
+    Row row = given;
+    if (row.top_k >= a.vocab || row.top_k < 0) row.top_k = 0;
+    const float floor = __fdiv_rn(row.sums.largest, row.temperature) + logf(fminf(a.min_p[row.index], 1.f));
+    row.floor = lowest_with_quotient(floor, row.temperature, floor * row.temperature);
+    shared.row = row;
+  }
+  __syncthreads();
+  const Row& row = shared.row;
+  float lowest = row.floor;
+  const int num_groups = a.chunks * 32, wanted = row.top_k ? row.top_k : kProbe;
+  if ((row.top_k || row.top_p < 1.f) && wanted <= num_groups) {
+    const float* group_max = a.group_max + (int64_t)row.index * num_groups;
+    const float bound = select_from_top<typename Line::scalar>(
+        shared.histogram,
+        [&](const auto& f) {
+          for (int i = threadIdx.x; i < num_groups; i += kThreads) f(group_max[i]);
+        },
+        [](float) -> u64 { return 1; }, [&](u64) -> u64 { return wanted; });
+    if (threadIdx.x == 0) shared.threshold = lowest_tied(row, bound);
+    __syncthreads();
+    lowest = fmaxf(row.floor, shared.threshold);
+  }
+  if (lowest > -INFINITY && gather(a, line, lowest, shared) && draw_from_list(a, lowest, shared)) return;
+  __syncthreads();
+  draw_from_line(a, line, threshold_of_line(a, line, shared), shared);
 }
 
 }  // namespace ember::sampling
