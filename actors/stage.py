@@ -73,7 +73,7 @@ class StageActor:
             self._transport = LoopbackTransport()
         else:
             self._transport = ProcessGroupTransport(
-                self._stage, self._num_stages, master_addr, master_port, transport_limit_s
+                self._stage, self._num_stages, master_addr, master_port, transport_limit_s, options.device
             )
         self._made = StageEngine(options, self._stage, self._transport)
         metrics = StageMetrics(self._stage, self._run)

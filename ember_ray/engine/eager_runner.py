@@ -80,6 +80,7 @@ class EagerRunner:
         if not self._model.is_last:
             return _Pending(plan, tag, torch.empty(size, dtype=torch.int64), None)
         result = self._sample(plan, inputs, hidden)
+        self._transport.check()  # drawn from hidden states that have really come
         result.aborts = self._take_aborts(ABORTS_PER_STEP)
         tokens = [token for (token,) in result.tokens]
         padding = [-1] * (ABORTS_PER_STEP - len(result.aborts))

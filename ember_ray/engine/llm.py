@@ -103,7 +103,7 @@ class LLM:
             return tuple(self.tokenizer.encode(prompt))
         if prompt and isinstance(prompt[0], dict):
             return tuple(self.tokenizer.encode_chat(prompt))  # type: ignore[arg-type]
-        return tuple(int(token) for token in prompt)  # type: ignore[arg-type]
+        return tuple(map(int, prompt))  # type: ignore[arg-type]
 
     def publish(self, update: AdapterUpdate) -> None:
         """Switches to a new adapter version; raises AdapterError and keeps the old one if it is refused."""

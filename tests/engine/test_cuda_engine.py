@@ -13,6 +13,7 @@ import torch
 from ember_ray.engine.options import EngineOptions
 from ember_ray.engine.request import Candidate, GenerationRequest
 from ember_ray.engine.sampling_params import SamplingParams
+from ember_ray.engine.scorer import ScoreRequest
 from ember_ray.engine.stage_engine import StageEngine
 from ember_ray.engine.transport import LoopbackTransport
 from tests.support.adapters import random_adapter
@@ -183,6 +184,32 @@ def test_two_runs_of_one_seed_are_equal_to_the_bit(folders: dict, dtype: str) ->
         made = rollout(engine(folder, dtype=dtype), requests(8))
         runs.append({n: (c.token_ids, c.logprobs, c.sampling_logprobs) for n, c in made.items()})
     assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_generated_tokens_score_as_they_were_drawn(folders: dict, dtype: str) -> None:
+    folder, _ = folders["dim128"]
+    made = engine(folder, dtype=dtype)
+    batch = requests(4, ignore_eos=True)
+    drawn = rollout(made, batch)
+    rows = [
+        ScoreRequest(
+            (*request.prompt_token_ids, *drawn[request.request_id, index].token_ids), len(request.prompt_token_ids)
+        )
+        for request in batch
+        for index in request.candidate_indices
+    ]
+    wanted = [torch.tensor(candidate.logprobs) for candidate in drawn.values()]
+    by_name = {(r.request_id, i): n for n, (r, i) in enumerate((r, i) for r in batch for i in r.candidate_indices)}
+    scores = made.score(rows)
+    assert made.scheduler.pool.num_used == 0
+    for (name, candidate), want in zip(drawn.items(), wanted, strict=True):
+        mine = torch.tensor(scores[by_name[name]])
+        assert mine.shape == want.shape == (len(candidate.token_ids),)
+        if dtype == "float32":
+            torch.testing.assert_close(mine, want, rtol=0, atol=1e-4)
+        else:  # other kernels than in decoding: as far apart as two ways to round
+            assert (mine - want).abs().median() < 0.03
 
 
 def test_candidates_end_where_the_host_would_end_them(folders: dict) -> None:

@@ -33,7 +33,7 @@ class Pipeline:
 
         def build(stage: int) -> None:
             transport = (
-                ProcessGroupTransport(stage, len(self.split), "127.0.0.1", port, self.timeout_s)
+                ProcessGroupTransport(stage, len(self.split), "127.0.0.1", port, self.timeout_s, options.device)
                 if len(self.split) > 1
                 else LoopbackTransport()
             )
