@@ -20,18 +20,29 @@ constexpr int kUnit = 64;                          // columns of W that a warp t
 constexpr int kUnitBytes = kTileRows * kUnit * 2;  // of one row tile
 constexpr int kSteps = 5;                          // units of a row tile whose x a warp holds in registers
 constexpr int kSegmentUnits = kWarps * kSteps;     // wider weights are walked through in segments
-constexpr int kBlockTiles = 8;                     // row tiles that share one reading of x's segments
+constexpr int kBlockTiles = 10;                     // row tiles that share one reading of x's segments
 constexpr int kSumPitch = 20;                      // floats between columns of a warp's sums: no bank is hit twice
 
+// One matrix product and what stands around it.
 struct Problem {
   const void *x, *residual, *norm_weight, *weight, *bias;  // residual, norm_weight and bias may be null
   void *y, *residual_out;
   int rows, in, out;                   // out: columns of y, half the rows of a weight that holds gate and up
   int segments, segment_units, steps;  // how the weight's width is walked through
   int cluster;                         // CTAs that share the segments of the same rows: 1 or segments
+  int share_rows, longer_shares;       // rows of W of a CTA or cluster, and how many have one more
+  int tile_rows, block_rows;
   int swiglu;
   float eps;
-  int prefetch_tiles, early, evict;  // tuning
+  int early, evict;  // tuning
+  unsigned long long* trace;
+};
+
+// Products that follow one another in one launch.
+constexpr int kMaxProblems = 4;
+struct Chain {
+  Problem problems[kMaxProblems];
+  int count;
 };
 
 template <class T>
@@ -124,6 +135,18 @@ __device__ __forceinline__ uint4 load_shared(uint32_t address) {
   return v;
 }
 
+// 16 bytes past the L1 cache, which may hold what stood there before the predecessor wrote; zeros where not `valid`.
+// The loads of a sequence are under way together: there is no branch between them.
+__device__ __forceinline__ uint4 load_if(const void* global, bool valid) {
+  uint4 v = make_uint4(0, 0, 0, 0);
+  asm volatile(
+      "{ .reg .pred valid; setp.ne.s32 valid, %5, 0; @valid ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4]; }"
+      : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+      : "l"(global), "r"((int)valid)
+      : "memory");
+  return v;
+}
+
 // Clusters (compute capability 9.0): CTAs that meet, and read one another's shared memory.
 __device__ __forceinline__ void meet_cluster() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -140,25 +163,49 @@ __device__ __forceinline__ float load_of_rank(const float* shared, int rank) {
   return v;
 }
 
-// The place in a CTA's walk over its rows: blocks of row tiles, in a block segments of the width, in a segment the
+// Where all CTAs of a grid meet: each adds 1 and the first what is missing to half of the number range, so that the
+// top bit turns when all are there and the other bits are as they were. Zero when the library is loaded.
+__device__ unsigned int meeting;
+
+__device__ __forceinline__ unsigned int arrive_at_grid() {  // by one thread, after a barrier of its CTA
+  __threadfence();
+  return atomicAdd(&meeting, blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1u);
+}
+__device__ __forceinline__ void wait_for_grid(unsigned int before) {
+  unsigned int now;
+  do {
+    asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(now) : "l"(&meeting) : "memory");
+  } while (((before ^ now) & 0x80000000u) == 0);
+}
+
+// A CTA's walk over its rows of a problem: blocks of row tiles, in a block segments of the width, in a segment the
 // tiles, in a tile a warp's units.
 struct Walk {
-  int tiles, segments, steps, block_tiles;
-  int block = 0, segment = 0, tile = 0, step = 0;
+  int block, last;  // the block's first row; one past the CTA's last
+  int segment, tile, step;
+  int rank;
 
-  __device__ __forceinline__ Walk(int tiles, const Problem& p)
-      : tiles(tiles), segments(p.segments / p.cluster), steps(p.steps), block_tiles(p.segments == 1 ? tiles : kBlockTiles) {}
-  __device__ __forceinline__ bool done() const { return block >= tiles; }
-  __device__ __forceinline__ void next() {
-    if (++step < steps) return;
+  __device__ __forceinline__ void start(const Problem& p) {
+    rank = p.cluster == 1 ? 0 : blockIdx.x % p.cluster;
+    const int share = p.cluster == 1 ? blockIdx.x : blockIdx.x / p.cluster;
+    block = share * p.share_rows + min(share, p.longer_shares);
+    last = block + p.share_rows + (share < p.longer_shares ? 1 : 0);
+    segment = tile = step = 0;
+  }
+  __device__ __forceinline__ bool done() const { return block >= last; }
+  __device__ __forceinline__ int row(const Problem& p) const { return block + tile * p.tile_rows; }
+  __device__ __forceinline__ int end(const Problem& p) const { return min(row(p) + p.tile_rows, last); }
+  __device__ __forceinline__ void next(const Problem& p) {
+    if (++step < p.steps) return;
     step = 0;
-    const int end = min(block + block_tiles, tiles);
-    if (++tile < end) return;
-    if (++segment == segments) {
+    const int end = min(block + p.block_rows, last);
+    ++tile;
+    if (row(p) < end) return;
+    tile = 0;
+    if (++segment * p.cluster >= p.segments) {
       segment = 0;
       block = end;
     }
-    tile = block;
   }
 };
 
@@ -175,7 +222,7 @@ struct Layout {
 
 // kHalves: x has up to 8 rows a half. kDepth: units of a warp's ring.
 template <class T, int kHalves, int kDepth>
-__global__ void __launch_bounds__(kThreads, 2) skinny_linear_kernel(const Problem p) {
+__global__ void __launch_bounds__(kThreads, kDepth > 6 ? 1 : 2) skinny_linear_kernel(const __grid_constant__ Chain chain) {
   using L = Layout<T, kHalves, kDepth>;
   extern __shared__ __align__(128) char shared[];
   float* sums = reinterpret_cast<float*>(shared + L::kRing);
@@ -184,14 +231,16 @@ __global__ void __launch_bounds__(kThreads, 2) skinny_linear_kernel(const Proble
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int group = lane / 4, quad = lane % 4;
-  const int rank = blockIdx.x % p.cluster;  // the segment of a CTA that has only one, else 0
-  const int share = blockIdx.x / p.cluster, shares = gridDim.x / p.cluster;
-  const int first = (int)((int64_t)p.out * share / shares), last = (int)((int64_t)p.out * (share + 1) / shares);
-  const int full = p.swiglu ? kTileRows / 2 : kTileRows;
-  const int tiles = (last - first + full - 1) / full;
-  const int tile_rows = (last - first + tiles - 1) / tiles;
 
-  if (p.early) let_successor_start();
+  auto stamp = [&](const Problem& p, int i) {
+    if (p.trace != nullptr && threadIdx.x == 0) {
+      unsigned long long t;
+      asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
+      p.trace[blockIdx.x * 8 + i] = t;
+    }
+  };
+  stamp(chain.problems[0], 0);
+  if (chain.problems[0].early) let_successor_start();
 
   // The stream of weights. A lane copies 16 bytes of rows lane / 8 + 4 i of a unit; the upper 8 rows of a tile are
   // the up rows where W holds gate and up. Odd rows are stored with their halves exchanged: a quarter of a warp then
@@ -199,83 +248,121 @@ __global__ void __launch_bounds__(kThreads, 2) skinny_linear_kernel(const Proble
   const uint32_t ring = (uint32_t)__cvta_generic_to_shared(shared) + warp * kDepth * kUnitBytes;
   const int lane_row = lane / 8, piece = lane % 8;
   const uint32_t put = lane_row * 128 + ((piece ^ ((lane_row & 1) * 4)) * 16);
-  const T* weight = static_cast<const T*>(p.weight);
-  const int64_t upper = (int64_t)p.in * (p.swiglu ? p.out : 8);
-  const int upper_row = p.swiglu ? 0 : 8;
   uint64_t policy = 0;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  if (p.evict) asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  if (chain.problems[0].evict) asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
 #endif
-  Walk ahead(tiles, p);
+  int fetched = 0;  // problems whose weights are all under way
+  Walk ahead;
+  ahead.start(chain.problems[0]);
   uint32_t slot = 0;
   auto fetch = [&] {
-    if (!ahead.done()) {
+    if (fetched < chain.count) {
+      const Problem& p = chain.problems[fetched];
       const int unit = ahead.step * kWarps + warp;
-      const int column = ((rank + ahead.segment) * p.segment_units + unit) * kUnit + piece * 8;
+      const int column = ((ahead.rank + ahead.segment) * p.segment_units + unit) * kUnit + piece * 8;
       const bool inside = unit < p.segment_units && column < p.in;
-      const int begin = first + ahead.tile * tile_rows;
-      const int end = min(begin + tile_rows, last);
+      const int begin = ahead.row(p), end = ahead.end(p);
+      const T* weight = static_cast<const T*>(p.weight);
       const T* source = weight + (int64_t)(begin + lane_row) * p.in + column;
+      const int64_t upper = (int64_t)p.in * (p.swiglu ? p.out : 8);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int row = lane_row + (i & 1) * 4 + (i / 2) * upper_row;
+        const int row = lane_row + (i & 1) * 4 + (p.swiglu ? 0 : (i / 2) * 8);
         const bool valid = inside && begin + row < end;
         const T* place = source + (i & 1) * 4 * (int64_t)p.in + (i / 2) * upper;
         copy_async(ring + slot + put + i * 512, valid ? place : weight, valid, policy);
       }
-      ahead.next();
-      if (!p.early && ahead.done()) let_successor_start();
+      ahead.next(p);
+      while (ahead.done()) {
+        stamp(p, 6);
+        if (++fetched == chain.count) {
+          if (!chain.problems[0].early) let_successor_start();
+          break;
+        }
+        ahead.start(chain.problems[fetched]);
+      }
     }
     commit_copies();
     slot = slot + kUnitBytes == kDepth * kUnitBytes ? 0 : slot + kUnitBytes;
   };
+  while (ahead.done() && ++fetched < chain.count) ahead.start(chain.problems[fetched]);
 #pragma unroll 1
   for (int i = 0; i < kDepth; ++i) fetch();
   // `slot` has come round: it is the oldest unit's, and the next one's to fill once that is used up.
 
+  int turn = 0;
+#pragma unroll 1
+  for (int problem = 0; problem < chain.count; ++problem) {
+  const Problem& p = chain.problems[problem];
+  unsigned int before = 0;
+  if (problem > 0) {
+    __syncthreads();
+    if (threadIdx.x == 0) before = arrive_at_grid();
+  }
+  // The norm's weight waits where sums of segments would be kept, if there is only one segment.
   const T* norm_weight = static_cast<const T*>(p.norm_weight);
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  if (threadIdx.x < p.prefetch_tiles * kTileRows) {
-    const int at = 1 + threadIdx.x / kTileRows;  // tiles come segment by segment; the first is in the ring
-    const int segment = rank + at / tiles, tile = at % tiles, row = threadIdx.x % kTileRows;
-    const int begin = first + tile * tile_rows, end = min(begin + tile_rows, last);
-    const int y_row = begin + (p.swiglu ? row % 8 : row);
-    if (at / tiles < p.segments / p.cluster && y_row < end) {
-      const int column = segment * p.segment_units * kUnit;
-      const T* place = weight + (int64_t)y_row * p.in + column + (p.swiglu && row >= 8 ? upper : 0);
-      const int bytes = min(p.segment_units * kUnit, p.in - column) * 2;
-      asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(place), "r"(bytes) : "memory");
-    }
-  }
-  if (norm_weight != nullptr) {
+  const T* near_norm_weight = reinterpret_cast<const T*>(kept);
+  if (norm_weight != nullptr && p.segments == 1) {
     for (int i = threadIdx.x * 8; i < p.in; i += kThreads * 8) {
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(norm_weight + i));
+      *reinterpret_cast<uint4*>(shared + L::kRing + L::kSums + i * 2) =
+          __ldg(reinterpret_cast<const uint4*>(norm_weight + i));
     }
   }
-#endif
-  wait_for_predecessor();
-
+  stamp(p, 1);
+  if (problem == 0) {
+    wait_for_predecessor();
+  } else {
+    if (threadIdx.x == 0) wait_for_grid(before);
+    __syncthreads();
+  }
+  stamp(p, 2);
   // x: a lane holds rows `group` and `group + 8`, and of each unit the pieces `quad` and `quad + 4`.
   uint4 held[kHalves][kSteps][2];
   auto load_x = [&](int segment) {
     const T* x = static_cast<const T*>(p.x);
     const T* residual = static_cast<const T*>(p.residual);
+    auto fits = [&](int half, int step, int i, int64_t& at) {
+      const int unit = step * kWarps + warp, row = half * 8 + group;
+      const int column = (segment * p.segment_units + unit) * kUnit + (quad + 4 * i) * 8;
+      at = (int64_t)row * p.in + column;
+      return row < p.rows && unit < p.segment_units && column < p.in;
+    };
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const int unit = step * kWarps + warp;
-          const int column = (segment * p.segment_units + unit) * kUnit + (quad + 4 * i) * 8;
-          const int row = half * 8 + group;
-          held[half][step][i] = make_uint4(0, 0, 0, 0);
-          if (row < p.rows && unit < p.segment_units && column < p.in) {
-            // Past the L1 cache, which may hold what stood here before the predecessor wrote.
-            const int64_t at = (int64_t)row * p.in + column;
-            uint4 v = __ldcg(reinterpret_cast<const uint4*>(x + at));
-            if (residual != nullptr) v = add4<T>(v, __ldcg(reinterpret_cast<const uint4*>(residual + at)));
-            held[half][step][i] = v;
+          int64_t at;
+          const bool valid = fits(half, step, i, at);
+          held[half][step][i] = load_if(x + at, valid);
+        }
+      }
+    }
+    if (residual == nullptr) return;
+    constexpr int kBatch = kHalves == 1 ? kSteps : 2;  // as many loads under way as there are registers
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+#pragma unroll
+      for (int from = 0; from < kSteps; from += kBatch) {
+        uint4 other[kBatch][2];
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            int64_t at;
+            if (from + j < kSteps) {
+              const bool valid = fits(half, from + j, i, at);
+              other[j][i] = load_if(residual + at, valid);
+            }
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            if (from + j < kSteps) held[half][from + j][i] = add4<T>(held[half][from + j][i], other[j][i]);
           }
         }
       }
@@ -290,7 +377,8 @@ __global__ void __launch_bounds__(kThreads, 2) skinny_linear_kernel(const Proble
         const int unit = step * kWarps + warp;
         const int column = (segment * p.segment_units + unit) * kUnit + (quad + 4 * i) * 8;
         if (unit < p.segment_units && column < p.in) {
-          const uint4 w = __ldg(reinterpret_cast<const uint4*>(norm_weight + column));
+          const uint4 w = p.segments == 1 ? *reinterpret_cast<const uint4*>(near_norm_weight + column)
+                                          : __ldg(reinterpret_cast<const uint4*>(norm_weight + column));
 #pragma unroll
           for (int half = 0; half < kHalves; ++half) {
             held[half][step][i] = scale4<T>(held[half][step][i], scale[half], w);
@@ -335,12 +423,14 @@ __global__ void __launch_bounds__(kThreads, 2) skinny_linear_kernel(const Proble
       for (int w = 0; w < kWarps; ++w) total += squares[(half * 8 + group) * kWarps + w];
       scale[half] = rsqrtf(total / p.in + p.eps);
     }
+    stamp(p, 3);
   }
 
   // One thread makes one y (with SwiGLU one of two, of its gate in lanes 0 to 7 and 16 to 23).
   const int row = threadIdx.x % kTileRows, column = threadIdx.x / kTileRows;
-  auto emit = [&](int tile, float v) {
-    const int begin = first + tile * tile_rows, end = min(begin + tile_rows, last);
+  Walk at;
+  at.start(p);
+  auto emit = [&](int begin, int end, float v) {
     T* y = static_cast<T*>(p.y) + (int64_t)column * p.out + begin + row;
     const bool mine = column < p.rows && begin + row < end;
     if (p.swiglu) {
@@ -354,13 +444,13 @@ __global__ void __launch_bounds__(kThreads, 2) skinny_linear_kernel(const Proble
     }
   };
 
-  Walk at(tiles, p);
   int loaded = -1;
-  int turn = 0;
+#pragma unroll 1
   while (!at.done()) {
     if (loaded != at.segment) {
-      if (norm_weight == nullptr || p.segments > 1) load_x(rank + at.segment);
-      if (norm_weight != nullptr) normalize(rank + at.segment);
+      if (norm_weight == nullptr || p.segments > 1) load_x(at.rank + at.segment);
+      if (norm_weight != nullptr) normalize(at.rank + at.segment);
+      if (loaded < 0) stamp(p, 4);
       loaded = at.segment;
     }
     float c[kHalves][2][4] = {};
@@ -406,29 +496,32 @@ __global__ void __launch_bounds__(kThreads, 2) skinny_linear_kernel(const Proble
       for (int w = 0; w < kWarps; ++w) v += all[w * L::kSumFloats];
     }
     turn ^= 1;
+    if (at.tile == 0 && at.segment == 0) stamp(p, 5);
     if (p.segments == 1) {
-      emit(at.tile, v);
+      emit(at.row(p), at.end(p), v);
     } else if (column < L::kColumns) {
-      float& before = kept[((at.tile - at.block) * L::kColumns + column) * kTileRows + row];
+      float& before = kept[(at.tile * L::kColumns + column) * kTileRows + row];
       before = at.segment == 0 ? v : before + v;
     }
-    const int block = at.block;
+    const int block = at.block, count = at.tile + 1;
     at.step = p.steps - 1;
-    at.next();
+    at.next(p);
     if (p.segments > 1 && at.block != block) {  // all segments are through: add them up in their order
-      const int count = min(block + kBlockTiles, tiles) - block;
       if (p.cluster > 1) meet_cluster();
-      for (int tile = rank; tile < count; tile += p.cluster) {
+      for (int tile = at.rank; tile < count; tile += p.cluster) {
         float v = 0;
         if (column < L::kColumns) {
           const float* parts = kept + (tile * L::kColumns + column) * kTileRows + row;
           v = p.cluster == 1 ? *parts : load_of_rank(parts, 0);
           for (int other = 1; other < p.cluster; ++other) v += load_of_rank(parts, other);
         }
-        emit(block + tile, v);
+        const int begin = block + tile * p.tile_rows;
+        emit(begin, min(begin + p.tile_rows, at.last), v);
       }
       if (p.cluster > 1) meet_cluster();  // nobody leaves or goes on while others read here
     }
+  }
+  stamp(p, 7);
   }
 }
 
