@@ -162,22 +162,25 @@ class Scheduler:
             raise RequestError(f"request id '{twice}' is in the batch twice")
         for request in requests:
             self.check(request)
-        groups: dict[object, PromptGroup] = {}
+        groups: list[PromptGroup] = []
+        by_prompt: dict[tuple[int, ...], PromptGroup] = {}
         for number, (request, seed) in enumerate(zip(requests, seeds, strict=True)):
             prompt, params = request.prompt_token_ids, request.sampling_params
+            # looked up once a request: hashing a long prompt takes a while
+            group = by_prompt.get(prompt) if self.prefix_sharing else None
+            max_tokens = min(params.max_tokens, self.max_model_len - len(prompt))
             for index in request.candidate_indices:
-                key: object = prompt if self.prefix_sharing else (number, index)
-                group = groups.get(key)
-                if group is None:
+                if group is None or not self.prefix_sharing:
                     lane = len(groups) % self.num_lanes
                     group = PromptGroup(
                         prompt, len(groups), self.block_size, policy_version, self.prefix_sharing, lane=lane
                     )
-                    groups[key] = group
-                max_tokens = min(params.max_tokens, self.max_model_len - len(prompt))
+                    groups.append(group)
+                    if self.prefix_sharing:
+                        by_prompt[prompt] = group
                 group.candidates.append(Sequence(group, number, request.request_id, index, 0, params, seed, max_tokens))
         order = 0
-        for group in groups.values():
+        for group in groups:
             for sequence in group.candidates:
                 sequence.order = order
                 order += 1
