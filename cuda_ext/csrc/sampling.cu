@@ -44,26 +44,27 @@ __global__ void __launch_bounds__(32 * kPartialWarps) partials_kernel(const Args
   const int lane = threadIdx.x % 32;
   const int job = blockIdx.x * kPartialWarps + (int)threadIdx.x / 32;
   const int row = job / a.chunks, chunk = job % a.chunks;
-  if (row >= a.rows || a.slot[row] < 0) return;
+  if (row >= a.rows) return;
+  const Wish wish(a, row);
+  if (wish.slot < 0) return;
 
   const Line line(a, row);
   Piece<typename Line::scalar> pieces[kPieces];
 #pragma unroll
   for (int v = 0; v < kPieces; ++v) pieces[v] = line.piece(chunk * kChunk + (v * 32 + lane) * Line::kSize);
-  const float temperature = a.temperature[row];
   float largest = kLowest;  // of NaN and a number, fmaxf takes the number; the sum tells of the NaN
 #pragma unroll
   for (int v = 0; v < kPieces; ++v) largest = fmaxf(largest, piece_max(pieces[v]));
-  if (has_filters(a, row)) a.group_max[((int64_t)row * a.chunks + chunk) * 32 + lane] = largest;
+  if (wish.filtered) a.group_max[((int64_t)row * a.chunks + chunk) * 32 + lane] = largest;
 #pragma unroll
   for (int step = 16; step; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
 
   const float sum_1 = chunk_sum<kPieces>(pieces, largest, kLog2E);
   float sum_t = sum_1;
-  if (temperature != 1.f && temperature != 0.f) {
+  if (wish.temperature != 1.f && wish.temperature != 0.f) {
 #pragma unroll
     for (int v = 0; v < kPieces; ++v) pieces[v].forget_unpacked();
-    sum_t = chunk_sum<kPieces>(pieces, largest, exponent_factor(temperature));
+    sum_t = chunk_sum<kPieces>(pieces, largest, exponent_factor(wish.temperature));
   }
   if (lane == 0) a.partials[(int64_t)row * a.chunks + chunk] = make_float4(largest, sum_1, sum_t, 0.f);
 }
@@ -95,25 +96,26 @@ __global__ void __launch_bounds__(kThreads) draw_kernel(const Args a) {
   __shared__ Shared shared;
   let_successor_start();
   wait_for_predecessor();
-  const int row = blockIdx.x, slot = a.slot[row];
-  const float temperature = a.temperature[row], factor = exponent_factor(temperature);
-  if (slot < 0) {
+  const int row = blockIdx.x;
+  const Wish wish(a, row);
+  if (wish.slot < 0) {
     if (threadIdx.x == 0) a.tokens[row] = 0, a.logprobs[row] = 0.f, a.sampling_logprobs[row] = 0.f;
     return;
   }
-  const double draw = uniform(a, row, a.num_tokens[slot]);
+  const float factor = exponent_factor(wish.temperature);
   const float4* parts = a.partials + (int64_t)row * a.chunks;
   const RowSums sums(parts, a.chunks, factor);
+  const double draw = uniform(a, row, a.num_tokens[wish.slot]);
   if (!sums.usable()) {
     if (threadIdx.x == 0) {
       a.tokens[row] = 0;
       a.logprobs[row] = NAN;
-      a.sampling_logprobs[row] = temperature == 0.f ? 0.f : NAN;
+      a.sampling_logprobs[row] = wish.temperature == 0.f ? 0.f : NAN;
     }
-  } else if (has_filters(a, row)) {
-    draw_filtered(a, Line(a, row), {row, a.top_k[row], temperature, a.top_p[row], factor, 0.f, draw, sums}, shared);
+  } else if (wish.filtered) {
+    draw_filtered(a, Line(a, row), {row, factor, 0.f, draw, wish, sums}, shared);
   } else {
-    draw_plain<Line>(a, row, parts, sums, temperature, factor, draw);
+    draw_plain<Line>(a, row, parts, sums, wish.temperature, factor, draw);
   }
 }
 

@@ -33,10 +33,22 @@ struct Args {
   int rows, vocab, chunks;
 };
 
-__device__ __forceinline__ bool has_filters(const Args& a, int row) {
-  const int k = a.top_k[row];
-  return a.temperature[row] != 0.f && ((k > 0 && k < a.vocab) || a.top_p[row] < 1.f || a.min_p[row] > 0.f);
-}
+// What a row asks for. Loaded at once: one after the other, as conditions would have it, the loads would take longer
+// than the reading of a chunk.
+struct Wish {
+  int slot, top_k;
+  float temperature, top_p, min_p;
+  bool filtered;
+
+  __device__ __forceinline__ Wish() {}
+  __device__ __forceinline__ Wish(const Args& a, int row) {
+    slot = a.slot[row], top_k = a.top_k[row];
+    temperature = a.temperature[row], top_p = a.top_p[row], min_p = a.min_p[row];
+    asm volatile("" ::"r"(slot), "r"(top_k), "f"(temperature), "f"(top_p), "f"(min_p));
+    if (top_k >= a.vocab || top_k < 0) top_k = 0;
+    filtered = (temperature != 0.f) & ((top_k > 0) | (top_p < 1.f) | (min_p > 0.f));
+  }
+};
 
 // Factor of a difference of logits in the exponent of 2; finite however small the temperature.
 __device__ __forceinline__ float exponent_factor(float temperature) {
@@ -218,9 +230,11 @@ struct RowSums {
 __device__ __forceinline__ void write_result(
     const Args& a, int row, int token, float x, const RowSums& sums, double kept_sum, float temperature) {
   a.tokens[row] = token;
+  // logf is right to 1e-6 here and much faster than log
   const double below = (double)x - sums.largest;
-  a.logprobs[row] = (float)(below - log(sums.sum_1));
-  a.sampling_logprobs[row] = temperature == 0.f ? 0.f : (float)(below / temperature - log(kept_sum));
+  a.logprobs[row] = (float)(below - logf((float)sums.sum_1));
+  const double scaled = temperature == 1.f ? below : below / temperature;
+  a.sampling_logprobs[row] = temperature == 0.f ? 0.f : (float)(scaled - logf((float)kept_sum));
 }
 
 // Calls found(token, logit) in one thread: for the token of the chunk in whose stretch of the cumulative mass, over

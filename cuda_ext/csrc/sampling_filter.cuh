@@ -14,11 +14,12 @@ constexpr int kListed = 1024;
 constexpr int kProbe = 256;  // logits to gather for top-p alone
 constexpr int kAhead = 4;    // pieces that a thread has on their way
 
-// A row with filters. top_k: 0 for off. floor: min-p's, as a logit.
+// A row with filters. floor: min-p's, as a logit.
 struct Row {
-  int index, top_k;
-  float temperature, top_p, factor, floor;
+  int index;
+  float factor, floor;
   double draw;
+  Wish wish;
   RowSums sums;
 };
 
@@ -35,7 +36,7 @@ struct Shared {
     u64 chunk_mass[kMaxChunks];
   };
   List list;
-  Row row;  // here, for the sake of registers
+  Row row;
   int num_groups, num_listed;
   float threshold;
 };
@@ -47,7 +48,7 @@ __device__ __forceinline__ u64 part_of(double share, u64 total) {
 }
 
 __device__ __forceinline__ float lowest_tied(const Row& row, float x) {
-  return lowest_with_quotient(__fdiv_rn(x, row.temperature), row.temperature, x);
+  return lowest_with_quotient(__fdiv_rn(x, row.wish.temperature), row.wish.temperature, x);
 }
 
 // Calls f(logit) for all logits in chunks whose largest is at least `lowest`.
@@ -102,7 +103,7 @@ __device__ __forceinline__ bool gather(const Args& a, const Line& line, float lo
       const int place = atomicAdd(&shared.num_listed, 1);
       if (place >= kListed) continue;
       shared.list.x[place] = x;
-      shared.list.scaled[place] = __fdiv_rn(x, row.temperature);
+      shared.list.scaled[place] = __fdiv_rn(x, row.wish.temperature);
       shared.list.token[place] = start + j;
       shared.list.mass[place] = mass_of(x, row.sums.largest, row.factor);
     }
@@ -117,7 +118,7 @@ __device__ __forceinline__ bool draw_from_list(const Args& a, float lowest, Shar
   const Row& row = shared.row;
   List& list = shared.list;
   const int n = shared.num_listed;
-  const bool all_listed = row.top_k > 0 || lowest <= row.floor;  // all that top-p chooses from
+  const bool all_listed = row.wish.top_k > 0 || lowest <= row.floor;  // all that top-p chooses from
   u64 above[kEach], sum = 0, total;
 #pragma unroll
   for (int e = 0; e < kEach; ++e) {
@@ -132,20 +133,20 @@ __device__ __forceinline__ bool draw_from_list(const Args& a, float lowest, Shar
       larger += is_larger;
       mass += is_larger ? list.mass[j] : 0;
     }
-    if (row.top_k > 0 && larger >= row.top_k) continue;
+    if (row.wish.top_k > 0 && larger >= row.wish.top_k) continue;
     above[e] = mass;
     sum += list.mass[i];
   }
   block_scan(sum, total);
   u64 limit = ~0ull;
-  if (row.top_p < 1.f) {
+  if (row.wish.top_p < 1.f) {
     if (!all_listed) {
       const double all = row.sums.sum_t * kUnit;
       // the sum of floats is right to some 1e-7 of itself
-      if (row.floor > -INFINITY || (double)total < row.top_p * all * (1. + 1e-5)) return false;
+      if (row.floor > -INFINITY || (double)total < row.wish.top_p * all * (1. + 1e-5)) return false;
       total = (u64)all;
     }
-    limit = part_of(row.top_p, total);
+    limit = part_of(row.wish.top_p, total);
   } else if (!all_listed) {
     return false;
   }
@@ -166,7 +167,7 @@ __device__ __forceinline__ bool draw_from_list(const Args& a, float lowest, Shar
     u64 before = 0;
     for (int j = 0; j < n; ++j) before += list.token[j] < token ? list.mass[j] : 0;
     if (before <= target && target < before + mass) {
-      write_result(a, row.index, token, list.x[i], row.sums, (double)total / kUnit, row.temperature);
+      write_result(a, row.index, token, list.x[i], row.sums, (double)total / kUnit, row.wish.temperature);
     }
   }
   return true;
@@ -175,25 +176,20 @@ __device__ __forceinline__ bool draw_from_list(const Args& a, float lowest, Shar
 // The lowest logit that the filters keep, from the whole line.
 template <class Line>
 __device__ __forceinline__ float threshold_of_line(const Args& a, const Line& line, Shared& shared) {
-  using scalar = typename Line::scalar;
   const Row& row = shared.row;
   float lowest = row.floor;
-  const auto settle = [&](float selected) {  // what rounds to the same quotient is kept with it
+#pragma unroll 1
+  for (int by_mass = 0; by_mass < 2; ++by_mass) {  // top-k, then top-p
+    if (by_mass ? row.wish.top_p >= 1.f : row.wish.top_k == 0) continue;
+    const float selected = select_from_top<typename Line::scalar>(
+        shared.histogram, [&](const auto& f) { visit_line(a, line, row.index, lowest, f); },
+        [&](float x) -> u64 { return x < lowest ? 0 : by_mass ? mass_of(x, row.sums.largest, row.factor) : 1; },
+        [&](u64 total) { return by_mass ? part_of(row.wish.top_p, total) : (u64)row.wish.top_k; });
+    // what rounds to the same quotient is kept with it
     if (threadIdx.x == 0) shared.threshold = fmaxf(lowest, lowest_tied(row, selected));
     __syncthreads();
     lowest = shared.threshold;
     __syncthreads();
-  };
-  const auto visit = [&](const auto& f) { visit_line(a, line, row.index, lowest, f); };
-  if (row.top_k > 0) {
-    settle(select_from_top<scalar>(
-        shared.histogram, visit, [&](float x) -> u64 { return x >= lowest; }, [&](u64) -> u64 { return row.top_k; }));
-  }
-  if (row.top_p < 1.f) {
-    settle(select_from_top<scalar>(
-        shared.histogram, visit,
-        [&](float x) -> u64 { return x >= lowest ? mass_of(x, row.sums.largest, row.factor) : 0; },
-        [&](u64 total) -> u64 { return part_of(row.top_p, total); }));
   }
   return lowest;
 }
@@ -230,7 +226,7 @@ __device__ __forceinline__ void draw_from_line(const Args& a, const Line& line, 
       });
   draw_in_chunk(
       line, place.chunk, row.sums.largest, row.factor, threshold, place.target - place.before, [&](int token, float x) {
-        write_result(a, row.index, token, x, row.sums, (double)total / kUnit, row.temperature);
+        write_result(a, row.index, token, x, row.sums, (double)total / kUnit, row.wish.temperature);
       });
 }
 
@@ -239,16 +235,15 @@ template <class Line>
 __device__ __forceinline__ void draw_filtered(const Args& a, const Line& line, const Row& given, Shared& shared) {
   if (threadIdx.x == 0) {
     Row row = given;
-    if (row.top_k >= a.vocab || row.top_k < 0) row.top_k = 0;
-    const float floor = __fdiv_rn(row.sums.largest, row.temperature) + logf(fminf(a.min_p[row.index], 1.f));
-    row.floor = lowest_with_quotient(floor, row.temperature, floor * row.temperature);
+    const float floor = __fdiv_rn(row.sums.largest, row.wish.temperature) + logf(fminf(row.wish.min_p, 1.f));
+    row.floor = lowest_with_quotient(floor, row.wish.temperature, floor * row.wish.temperature);
     shared.row = row;
   }
   __syncthreads();
   const Row& row = shared.row;
   float lowest = row.floor;
-  const int num_groups = a.chunks * 32, wanted = row.top_k ? row.top_k : kProbe;
-  if ((row.top_k || row.top_p < 1.f) && wanted <= num_groups) {
+  const int num_groups = a.chunks * 32, wanted = row.wish.top_k ? row.wish.top_k : kProbe;
+  if ((row.wish.top_k || row.wish.top_p < 1.f) && wanted <= num_groups) {
     const float* group_max = a.group_max + (int64_t)row.index * num_groups;
     const float bound = select_from_top<typename Line::scalar>(
         shared.histogram,
