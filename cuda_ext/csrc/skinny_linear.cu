@@ -71,12 +71,13 @@ void cut(Problem& p, bool clusters, int multiprocessors) {
 EMBER_API int ember_skinny_linear(const void* x, const void* residual, const void* norm_weight, const void* weight,
                                   const void* bias, void* y, void* residual_out, int64_t dtype, int64_t rows,
                                   int64_t in, int64_t out, int64_t swiglu, float eps, int64_t depth, int64_t prefetch,
-                                  int64_t early, int64_t evict, int64_t cluster, int64_t trace, int64_t carve,
+                                  int64_t early, int64_t evict, int64_t cluster, int64_t trace, const void* after, int64_t after_bytes,
                                   cudaStream_t stream) {
   using namespace ember::skinny;
   const ember::DeviceInfo& device = ember::device_info();
   Chain chain = {};
   chain.count = 1;
+  chain.after = (const char*)after, chain.after_bytes = after_bytes;
   Problem& p = chain.problems[0];
   p = {x, residual, norm_weight, weight, bias, y, residual_out, (int)rows, (int)in, (int)out};
   p.swiglu = (int)swiglu;
@@ -93,11 +94,13 @@ EMBER_API int ember_skinny_layer(const void* attended, const void* residual, con
                                  const void* next_weight, void* projected, void* middle, void* act, void* mlp,
                                  void* residual_out, void* y, int64_t dtype, int64_t rows, int64_t attended_width,
                                  int64_t hidden, int64_t ffn, int64_t next_out, float eps, int64_t depth, int64_t early,
-                                 int64_t evict, int64_t trace, cudaStream_t stream) {
+                                 int64_t evict, int64_t trace, const void* after, int64_t after_bytes,
+                                 cudaStream_t stream) {
   using namespace ember::skinny;
   const ember::DeviceInfo& device = ember::device_info();
   Chain chain = {};
   chain.count = 4;
+  chain.after = (const char*)after, chain.after_bytes = after_bytes;
   const int m = (int)rows;
   chain.problems[0] = {attended, nullptr, nullptr, o_weight, nullptr, projected, nullptr, m, (int)attended_width, (int)hidden};
   chain.problems[1] = {projected, residual, norm_weight, gate_up_weight, nullptr, act, middle, m, (int)hidden, (int)ffn};

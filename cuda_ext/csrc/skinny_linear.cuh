@@ -43,6 +43,8 @@ constexpr int kMaxProblems = 4;
 struct Chain {
   Problem problems[kMaxProblems];
   int count;
+  const char* after;  // what is read after this launch, to be brought into the L2 cache, or null
+  int64_t after_bytes;
 };
 
 template <class T>
@@ -248,10 +250,7 @@ __global__ void __launch_bounds__(kThreads, kDepth > 6 ? 1 : 2) skinny_linear_ke
   const uint32_t ring = (uint32_t)__cvta_generic_to_shared(shared) + warp * kDepth * kUnitBytes;
   const int lane_row = lane / 8, piece = lane % 8;
   const uint32_t put = lane_row * 128 + ((piece ^ ((lane_row & 1) * 4)) * 16);
-  uint64_t policy = 0;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  if (chain.problems[0].evict) asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-#endif
+  const uint64_t policy = chain.problems[0].evict ? 0x12F0000000000000ull : 0;
   int fetched = 0;  // problems whose weights are all under way
   Walk ahead;
   ahead.start(chain.problems[0]);
@@ -277,6 +276,15 @@ __global__ void __launch_bounds__(kThreads, kDepth > 6 ? 1 : 2) skinny_linear_ke
       while (ahead.done()) {
         stamp(p, 6);
         if (++fetched == chain.count) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+          if (chain.after != nullptr && threadIdx.x == 0) {
+            constexpr int kChunk = 8192;
+            for (int64_t at = (int64_t)blockIdx.x * kChunk; at < chain.after_bytes; at += (int64_t)gridDim.x * kChunk) {
+              const int bytes = (int)(chain.after_bytes - at < kChunk ? chain.after_bytes - at : kChunk);
+              asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(chain.after + at), "r"(bytes) : "memory");
+            }
+          }
+#endif
           if (!chain.problems[0].early) let_successor_start();
           break;
         }
