@@ -97,10 +97,10 @@ def assert_near(out: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("chunks", passes())
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", sorted(set(BACKENDS) - {"sdpa"}))
 def test_backend_equals_float64(backend: str, dtype: torch.dtype, dim: int, chunks: list[tuple[int, int]]) -> None:
     usable(backend, dtype, dim)
-    for heads, kv_heads, block, seed in ((8, 2, 16, 1), (5, 1, 1, 2)):
+    for heads, kv_heads, block, seed in ((8, 2, 16, 1), (5, 1, 1, 2), (3, 3, 128, 3)):
         inputs = draw(chunks, heads, kv_heads, dim, dtype, block, seed)
         out = prefill_attention(*inputs, dim**-0.5, backend)
         assert_near(out, exact(*inputs, dim**-0.5))
