@@ -7,10 +7,10 @@ from mutant import Mutant
 MUTANTS = [
     Mutant(
         name="lse-merge",  # prefix and suffix are weighed 1 % wrong
-        module="cuda_ext.attention",
+        module="cuda_ext.decode_attention",
         old="share_b = torch.sigmoid(lse_b - lse_a)",
         new="share_b = torch.sigmoid(1.01 * (lse_b - lse_a))",
-        tests=("tests/cuda_ext/test_attention.py",),
+        tests=("tests/cuda_ext/test_decode_attention.py",),
     ),
     Mutant(
         name="version-in-cache-key",  # K and V of an older policy are found again
@@ -55,10 +55,31 @@ MUTANTS = [
         tests=("tests/actors/test_stages.py", "-k", "published_adapter"),
     ),
     Mutant(
+        name="preempted-with-results-on-the-way",  # a victim is made anew without tokens that are not known yet
+        module="ember_ray.engine.scheduler",
+        old="return need > self.pool.num_free",
+        new="return False",
+        tests=("tests/engine/test_scheduler.py", "-k", "ahead"),
+    ),
+    Mutant(
+        name="merged-from-merged",  # an adapter is added to what the one before left
+        module="ember_ray.model.slots",
+        old="rebuild_weight(layer.weights[name], self._golden[index][name], after.get(name))",
+        new="rebuild_weight(layer.weights[name], layer.weights[name].clone(), after.get(name))",
+        tests=("tests/model/test_slots.py",),
+    ),
+    Mutant(
+        name="score-one-late",  # a token is scored by the position behind it
+        module="ember_ray.engine.scorer",
+        old="tokens.append(requests[number].token_ids[position + 1])",
+        new="tokens.append(requests[number].token_ids[position])",
+        tests=("tests/engine/test_score.py",),
+    ),
+    Mutant(
         name="first-token-logprob",  # the first token is given the log-probability it was drawn with
         module="ember_ray.engine.stage_engine",
-        old="sequence.logprobs.append(logprob)",
-        new="sequence.logprobs.append(logprob if sequence.logprobs else sampling_logprob)",
+        old="sequence.logprobs.extend(logprobs)",
+        new="sequence.logprobs.extend(logprobs if sequence.logprobs else sampling_logprobs)",
         tests=("tests/engine/test_generate.py", "-k", "logprobs"),
     ),
 ]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cuda_ext.attention import PrefillChunk, prefill_attention
+from cuda_ext.prefill_attention import PrefillBatch, prefill_attention
 from ember_ray.model.lora import AdapterUpdate, check_adapter
 from ember_ray.model.qwen3 import LayerLora, StageModel
 from ember_ray.model.qwen3_config import Qwen3Config, read_model_config
@@ -93,8 +93,10 @@ def all_logits(
     shape = (len(model.layers), 2, count + 7, config.num_key_value_heads, config.head_dim)
     cache = torch.full(shape, torch.nan, dtype=model.dtype)
 
+    batch = PrefillBatch.build([count], [slots.numpy()], "cpu")
+
     def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
-        return prefill_attention(q, k_cache, v_cache, [PrefillChunk(0, count, slots)], config.head_dim**-0.5)
+        return prefill_attention(q, k_cache, v_cache, batch, config.head_dim**-0.5, "sdpa")
 
     hidden = model.forward(model.embed(torch.tensor(token_ids)), torch.arange(count), slots, cache, attention, lora)
     return model.logits(model.final_norm(hidden))
