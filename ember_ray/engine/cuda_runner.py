@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,9 +33,9 @@ from ember_ray.engine.slot_table import SlotTable
 from ember_ray.engine.step_inputs import StepInputs, build_step_inputs
 from ember_ray.engine.step_result import StepResult
 from ember_ray.engine.stop_check import StopCheck
-from ember_ray.engine.upload import upload
+from ember_ray.engine.upload import host_tensor, upload
 from ember_ray.model.qwen3 import StageModel
-from ember_ray.model.slots import AdapterSlots, Signature
+from ember_ray.model.slots import AdapterSlots
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
@@ -64,9 +65,6 @@ class CudaRunner:
         kv_cache: [layers, 2, num_slots, kv_heads, head_dim]; the slots of its last block belong to no sequence.
         take_aborts: gives at most so many numbers of requests that end now.
         prefill_backend: from cuda_ext.prefill_attention.choose_backend().
-
-    Attributes:
-        captured: batch sizes that have a graph for the adapter shape in use.
     """
 
     lookahead = 1
@@ -92,15 +90,12 @@ class CudaRunner:
         self._buffers = DecodeBuffers(options.max_num_seqs, options.block_size, model.config.share, options.device)
         self._results = torch.zeros(4, self._steps, options.max_num_seqs, dtype=torch.int32, device=options.device)
         self._outputs = _step_outputs(self._results, self._buffers.step)
-        self._graphs: dict[tuple[Signature, tuple[int, int]], torch.cuda.CUDAGraph] = {}
-        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: dict[tuple[int, tuple[int, int]], torch.cuda.CUDAGraph] = {}  # by adapter signature and shape
+        self._pool: Any = None  # of memory that the graphs share
+        self._capture_stream = torch.cuda.Stream()
         self._last_hidden: dict[int, Tensor] = {}  # group number -> final-norm output behind its prompt
         self._events: list[tuple[str, int, torch.cuda.Event, torch.cuda.Event]] = []
         self.timings: dict[str, float] = {}
-
-    @property
-    def captured(self) -> list[int]:
-        return sorted({size for signature, (size, _) in self._graphs if signature == self._adapters.signature})
 
     # -- the runner's face -----------------------------------------------------------------------------------------
 
@@ -110,7 +105,7 @@ class CudaRunner:
         start = torch.cuda.Event(enable_timing=True)
         start.record()
         results = self._decode(plan, shape) if plan.decodes else self._prefill(plan)
-        host = torch.empty(results.shape, dtype=torch.int32, pin_memory=True)
+        host = host_tensor(results.shape, torch.int32, results.device)
         host.copy_(results, non_blocking=True)
         done = torch.cuda.Event(enable_timing=True)
         done.record()
@@ -145,14 +140,15 @@ class CudaRunner:
 
     def end(self) -> None:
         """Waits for what is still on its way and adds up the times of the rollout."""
-        torch.cuda.synchronize()
+        # first what the next rollout must not find, even if the wait is interrupted
         self._last_hidden.clear()
         self._slots.forget_owners()
+        events, self._events = self._events, []
         self.timings = {"prefill_seconds": 0.0, "decode_seconds": 0.0, "decode_steps": 0.0}
-        for kind, steps, start, done in self._events:
+        torch.cuda.synchronize()
+        for kind, steps, start, done in events:
             self.timings[f"{kind}_seconds"] += start.elapsed_time(done) / 1e3
             self.timings["decode_steps"] += steps if kind == "decode" else 0
-        self._events.clear()
 
     def forward(self, inputs: StepInputs) -> Tensor:
         """The residual stream [tokens, hidden] behind the layers."""
@@ -260,24 +256,35 @@ class CudaRunner:
         size = next(size for size in self._sizes if size >= len(plan.decodes))
         item_rows, moved = self._buffers.prepare(plan.decodes, plan.counts)
         if moved:
-            self._graphs.clear()
+            self._graphs.clear()  # they read the old ones
         shape = (size, item_rows)
         if not self._options.enforce_eager and (self._adapters.signature, shape) not in self._graphs:
-            self._graphs[self._adapters.signature, shape] = self._capture(shape)
+            self._make_graph(shape)
         return shape
+
+    def _make_graph(self, shape: tuple[int, int]) -> None:
+        signature, kept = self._adapters.signature, self._adapters.signatures_kept
+        self._graphs = {key: graph for key, graph in self._graphs.items() if key[0] in kept}
+        if not self._graphs:
+            # A pool dies with the last graph in it. The largest batch goes into a new one first: all others fit into
+            # the memory that it took.
+            self._pool = torch.cuda.graph_pool_handle()
+            largest = (self._sizes[-1], shape[1])
+            self._graphs[signature, largest] = self._capture(largest)
+        if (signature, shape) not in self._graphs:
+            self._graphs[signature, shape] = self._capture(shape)
 
     def _capture(self, shape: tuple[int, int]) -> torch.cuda.CUDAGraph:
         # rows that are all padding change no candidate and write K and V where nobody reads
         torch.cuda.synchronize()
         self._buffers.clear()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self._capture_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._capture_stream):
             self._step(shape)  # libraries set themselves up at their first call, which a capture does not allow
-        torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # one stream for all: cuBLAS keeps a workspace for each that it was called on
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._capture_stream):
             self._step(shape)
         return graph
 

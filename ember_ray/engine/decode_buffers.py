@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cuda_ext.decode_groups import DecodeArrays, DecodeCapacity, DecodeGroups, build_decode_groups
+from cuda_ext.decode_groups import ITEM_QUERY_ROWS, DecodeArrays, DecodeCapacity, DecodeGroups, build_decode_groups
 from cuda_ext.decode_state import MAX_STOP_IDS, RowParams
 from ember_ray.engine.sequence import Sequence
 from ember_ray.engine.step_inputs import decode_group_arrays
@@ -60,7 +60,8 @@ class DecodeBuffers:
         empty = build_decode_groups(
             [], [], [], [], [], block_size=self._block_size, heads_per_kv_head=self._share, capacity=capacity
         )
-        self._groups, self._padding = empty.to(self._device), empty
+        # on a CPU the first shares the memory of the arrays that it is made of
+        self._groups, self._padding = empty.to(self._device), empty.laid_out(capacity)
 
     @property
     def step(self) -> Tensor:
@@ -78,15 +79,16 @@ class DecodeBuffers:
             counts: decode steps that are planned for each.
 
         Returns:
-            The width of the kernel's work items that it needs, a power of two of rows; and whether the buffers had to
-            be made anew, at other places, because they were too small.
+            The width of the kernel's work items that it needs, a power of two of rows or the most there is; and whether
+            the buffers had to be made anew, at other places, because they were too small.
         """
         arrays = decode_group_arrays(decodes, self._block_size, self._share, counts)
         moved = not self._groups.capacity.holds(arrays.capacity)
         if moved:
             self._make_groups(_grown(self._groups.capacity, arrays.capacity))
         self._next = arrays.laid_out(self._groups.capacity)
-        return 1 << (self._next.item_rows - 1).bit_length(), moved
+        most = max(1, ITEM_QUERY_ROWS // self._share)
+        return min(1 << (self._next.item_rows - 1).bit_length(), most), moved
 
     def fill(self, rows: dict[str, np.ndarray]) -> None:
         """Uploads a plan's rows and the groups that :meth:`prepare` arranged."""

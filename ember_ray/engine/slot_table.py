@@ -54,7 +54,7 @@ class SlotTable:
             arrays["seed"][slot] = sequence.seed
             arrays["prompt_hash"][slot] = sequence.group.hash
             arrays["candidate"][slot] = sequence.index
-            stop_ids = sorted(self._stop_check.stop_ids(params))[:MAX_STOP_IDS]
+            stop_ids = self._stop_ids(sequence)[:MAX_STOP_IDS]
             arrays["stop_ids"][slot] = stop_ids + [-1] * (MAX_STOP_IDS - len(stop_ids))
 
     def rows(self, sequences: Seq[Sequence]) -> dict[str, np.ndarray]:
@@ -64,5 +64,8 @@ class SlotTable:
 
     def needs_host(self, sequence: Sequence) -> bool:
         """Whether the candidate may end by something that the device does not look for."""
-        params = sequence.params
-        return bool(params.stop) or len(self._stop_check.stop_ids(params)) > MAX_STOP_IDS
+        return bool(sequence.params.stop) or len(self._stop_ids(sequence)) > MAX_STOP_IDS
+
+    def _stop_ids(self, sequence: Sequence) -> list[int]:
+        """Those that can be drawn at all; a request may name any number."""
+        return sorted(token for token in self._stop_check.stop_ids(sequence.params) if 0 <= token < 2**31)

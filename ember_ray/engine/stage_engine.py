@@ -230,10 +230,12 @@ class StageEngine:
             raise
         finally:
             self.scheduler.clear()
-            self._runner.end()
-            with self._lock:
-                self._is_rolling_out = False
-                self._aborts.clear()
+            try:
+                self._runner.end()
+            finally:
+                with self._lock:
+                    self._is_rolling_out = False
+                    self._aborts.clear()
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
         """Log-probabilities of given tokens under the active policy; to be run by all stages with the same rows.

@@ -24,15 +24,16 @@ def _offsets(sizes: Mapping[str, int]) -> tuple[dict[str, int], int]:
     return offsets, max(total, _ALIGNMENT)
 
 
-def _staging(size: int, device: torch.device) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+def host_tensor(shape: int | torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialized host memory for copies from or to a device: pinned where that is a GPU."""
+    return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
 
 
 def upload(arrays: Mapping[str, np.ndarray], device: str | torch.device) -> dict[str, Tensor]:
     """New device tensors with the arrays' names, shapes and dtypes."""
     device = torch.device(device)
     offsets, total = _offsets({name: array.nbytes for name, array in arrays.items()})
-    staging = _staging(total, device)
+    staging = host_tensor(total, torch.uint8, device)
     host = staging.numpy()
     for name, array in arrays.items():
         host[offsets[name] : offsets[name] + array.nbytes].view(array.dtype)[:] = array.reshape(-1)
@@ -74,7 +75,7 @@ class DeviceBuffers:
 
     def fill(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Puts arrays at the start of their tensors; what lies behind them or is not named becomes undefined."""
-        staging = _staging(self._packed.numel(), self._device)
+        staging = host_tensor(self._packed.numel(), torch.uint8, self._device)
         host = staging.numpy()
         for name, array in arrays.items():
             offset = self._offsets[name]

@@ -39,14 +39,14 @@ def fuse_lora(pairs: dict[str, LoraPair], config: Qwen3Config, dtype: torch.dtyp
     return fused_layers
 
 
-Signature = tuple[object, ...]
-"""What a captured CUDA graph depends on of an adapter: everything but the values of A and B."""
+Shape = tuple[object, ...]
+"""Everything of an adapter but the values of A and B."""
 
-SIGNATURES_KEPT = 2
+SHAPES_KEPT = 2
 """Shapes of adapters whose places stay: with and without an adapter is two."""
 
 
-def _signature(adapter: dict[int, LayerLora]) -> Signature:
+def _shape(adapter: dict[int, LayerLora]) -> Shape:
     return tuple(
         (index, name, tuple(lora.a.shape), tuple((p.first_row, p.b.shape[1], p.scale) for p in lora.parts))
         for index, layer in sorted(adapter.items())
@@ -63,6 +63,7 @@ class MergedWeights:
     """Live weights rebuilt from golden ones at each switch: ``W = golden + s B A``, never subtracted from.
 
     Args:
+        indices: of the layers in the model.
         layers: whose weights are live; copies of them are taken now, when no adapter is in them.
     """
 
@@ -72,15 +73,19 @@ class MergedWeights:
             index: {name: weight.clone() for name, weight in layer.weights.items()}
             for index, layer in self._layers.items()
         }
-        self._merged: dict[int, LayerLora] = {}
+        self._changed: dict[int, set[str]] = {index: set() for index in self._layers}
 
     def switch(self, adapter: dict[int, LayerLora]) -> None:
-        """Puts an adapter in the place of the one before; an empty one restores the base to the bit."""
+        """Puts an adapter in the place of the one before; an empty one restores the base to the bit.
+
+        Where it fails in the middle, another switch makes all weights good.
+        """
         for index, layer in self._layers.items():
-            before, after = self._merged.get(index, {}), adapter.get(index, {})
-            for name in before.keys() | after.keys():
+            after = adapter.get(index, {})
+            self._changed[index] |= after.keys()
+            for name in self._changed[index]:
                 rebuild_weight(layer.weights[name], self._golden[index][name], after.get(name))
-        self._merged = adapter
+            self._changed[index] = set(after)
 
 
 class AdapterSlots:
@@ -89,8 +94,8 @@ class AdapterSlots:
     A new version is staged (checked and copied in) while the old one serves, then committed. Going back is a
     commit of a version that is still resident, and exact: its tensors were never changed.
 
-    The active version's A and B are copied into places that stay, one set for each shape of adapter, so that a CUDA
-    graph that reads them goes on to serve the next version.
+    The active version's A and B are copied into places that stay, one set for each of the shapes in use, so that a
+    CUDA graph that reads them goes on to serve the next version of that shape.
 
     Args:
         layers: the stage's own layers; of an update only these are kept, but all of it is checked.
@@ -100,7 +105,7 @@ class AdapterSlots:
     Attributes:
         version: the active one.
         active: layer index -> fused layer name -> what is computed beside the weights.
-        signature: of active.
+        signature: number of the places that active lies in; a graph that was captured with it serves whatever is there.
     """
 
     def __init__(
@@ -119,8 +124,14 @@ class AdapterSlots:
         self._merged = merged
         self.version = BASE_VERSION
         self.active: dict[int, LayerLora] = {}
-        self.signature: Signature = ()
-        self._places: dict[Signature, dict[int, LayerLora]] = {(): {}}
+        self.signature = 0
+        self._signatures_given = 0
+        self._places: dict[Shape, tuple[int, dict[int, LayerLora]]] = {(): (0, {})}
+
+    @property
+    def signatures_kept(self) -> set[int]:
+        """Signatures that can become active again; the places of all others are gone."""
+        return {signature for signature, _ in self._places.values()}
 
     @property
     def resident_versions(self) -> list[int]:
@@ -147,21 +158,27 @@ class AdapterSlots:
         }
 
     def commit(self, version: int) -> None:
-        """Switches to a staged or resident version.
+        """Switches to a staged or resident version; where that fails, the one before stays active.
 
         Raises:
             AdapterError: the version is neither.
         """
+        adapter = self._staged.get(version, self._resident.get(version))
+        if adapter is None:
+            known = ", ".join(str(number) for number in self.resident_versions)
+            raise AdapterError(f"policy version {version} is not resident (resident: {known})")
+        try:
+            self._activate(adapter)
+        except BaseException:
+            self._activate(self._resident[self.version])
+            raise
         if version in self._staged:
             self._resident[version] = self._staged.pop(version)
             self._highest = version
-        elif version not in self._resident:
-            known = ", ".join(str(number) for number in self.resident_versions)
-            raise AdapterError(f"policy version {version} is not resident (resident: {known})")
         self.version = version
-        self._activate(self._resident[version])
-        adapters = [number for number in self.resident_versions if number not in (BASE_VERSION, version)]
-        for number in adapters[: max(0, len(adapters) + 1 - self._keep)]:
+        others = [number for number in self.resident_versions if number not in (BASE_VERSION, version)]
+        kept = self._keep - (version != BASE_VERSION)
+        for number in others[: max(0, len(others) - kept)]:
             del self._resident[number]
 
     def discard(self, version: int) -> None:
@@ -172,17 +189,20 @@ class AdapterSlots:
     def _activate(self, adapter: dict[int, LayerLora]) -> None:
         if self._merged is not None:
             return self._merged.switch(adapter)
-        self.signature = _signature(adapter)
-        places = self._places.pop(self.signature, None)
-        if places is None:
+        shape = _shape(adapter)
+        if shape not in self._places:
             places = {index: {name: _copied(lora) for name, lora in layer.items()} for index, layer in adapter.items()}
+            self._signatures_given += 1
+            signature = self._signatures_given
         else:
+            signature, places = self._places.pop(shape)
             for index, layer in adapter.items():
                 for name, lora in layer.items():
                     place = places[index][name]
                     place.a.copy_(lora.a)
                     for part, new in zip(place.parts, lora.parts, strict=True):
                         part.b.copy_(new.b)
-        self._places[self.signature] = self.active = places
-        for old in list(self._places)[:-SIGNATURES_KEPT]:
+        self._places[shape] = signature, places  # behind the others: it was in use last
+        self.signature, self.active = signature, places
+        for old in list(self._places)[:-SHAPES_KEPT]:
             del self._places[old]

@@ -275,3 +275,57 @@ def test_the_pool_takes_what_is_free_and_not_more(folders: dict) -> None:
     assert 0.4 * total < total - free < 0.55 * total
     with pytest.raises(ValueError, match=r"no GPU memory is left for KV blocks: .* GiB in all"):
         engine(folder, poison=False, num_kv_blocks=None, gpu_memory_utilization=0.01)
+
+
+def test_graphs_are_captured_anew_where_the_buffers_grew(folders: dict) -> None:
+    folder, _ = folders["dim16"]
+    host, device = engine(folder, poison=False, device="cpu"), engine(folder, block_size=1, max_num_seqs=2)
+    for length in (5, 100, 250, 5):  # there is room for 64 prompt blocks a row at first, then for twice what was needed
+        batch = requests(2, [length])
+        assert tokens(rollout(device, batch)) == tokens(rollout(host, batch))
+
+
+def test_graphs_serve_adapters_of_all_shapes_in_any_order(folders: dict) -> None:
+    folder, _ = folders["dim64"]
+    host, device = engine(folder, poison=False, device="cpu"), engine(folder)
+    batch = requests(temperature=0.0)
+    for version, rank in enumerate((4, 6, 4, 0, 8, 6, 0, 4), start=1):
+        for made in (host, device):
+            if rank:
+                made.stage_adapter(random_adapter(folder, version, seed=version, rank=rank))
+            made.commit_adapter(version if rank else 0)
+        assert tokens(rollout(device, batch)) == tokens(rollout(host, batch)), f"version {version} of rank {rank}"
+
+
+@pytest.mark.parametrize("share", [3, 5])
+def test_any_number_of_query_heads_may_share_a_kv_head(tmp_path: Path, share: int) -> None:
+    make_qwen3(tmp_path, head_dim=64, num_attention_heads=2 * share, num_key_value_heads=2, hidden_size=128)
+    batch = requests(24, [37])
+    host, device = engine(tmp_path, poison=False, device="cpu"), engine(tmp_path)
+    assert tokens(rollout(device, batch)) == tokens(rollout(host, batch))
+    rollout(engine(tmp_path, dtype="bfloat16"), batch)
+
+
+def test_a_rollout_that_is_given_up_leaves_nothing_behind(folders: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = folders["dim16"]
+    batch, others = requests(ignore_eos=True), requests(3, [50, 20, 16, 90], seed=8)
+    fresh = {"num_kv_blocks": 60, "block_size": 4, "max_num_seqs": 12, "max_num_batched_tokens": 32}
+    expected = tokens(rollout(engine(folder, **fresh), others))
+    made = engine(folder, **fresh)
+    running = made.rollout(batch)
+    next(running)
+    running.close()
+    assert tokens(rollout(made, others)) == expected
+    run, plans = made._runner.run, []
+
+    def interrupted(plan: Any) -> Any:
+        plans.append(plan)
+        pending = run(plan)
+        if len(plans) == 9:
+            raise KeyboardInterrupt
+        return pending
+
+    with monkeypatch.context() as now, pytest.raises(KeyboardInterrupt):
+        now.setattr(made._runner, "run", interrupted)
+        rollout(made, batch)
+    assert tokens(rollout(made, others)) == expected

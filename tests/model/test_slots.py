@@ -9,6 +9,8 @@ import torch
 
 from ember_ray.engine.llm import LLM
 from ember_ray.engine.options import EngineOptions
+from ember_ray.model import slots
+from ember_ray.model.qwen3_config import read_model_config
 from tests.support.adapters import random_adapter
 from tests.support.qwen3 import make_qwen3, random_prompts
 
@@ -69,3 +71,52 @@ def test_an_adapter_of_the_same_shape_takes_the_places_of_the_one_before(folder:
     assert adapters.signature != signature
     llm.rollback(2)
     assert (places(), adapters.signature) == (first, signature)
+
+
+def test_places_that_are_gone_are_never_named_again(folder: Path) -> None:
+    llm = LLM(EngineOptions(str(folder), num_kv_blocks=64))
+    adapters, seen = llm.engine._slots, set()
+    for version, rank in ((1, 4), (2, 6), (3, 8)):
+        llm.publish(random_adapter(folder, version, rank=rank))
+        seen.add(adapters.signature)
+    assert len(seen) == 3 and len(adapters.signatures_kept) == 2
+    llm.rollback(1)  # its shape was pushed out by the two behind it
+    assert adapters.signature not in seen and adapters.signature in adapters.signatures_kept
+
+
+@pytest.mark.parametrize("mode", ["slots", "merged"])
+@pytest.mark.parametrize("fails_at", [1, 2, 5])
+def test_a_switch_that_fails_leaves_the_version_before(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, mode: str, fails_at: int
+) -> None:
+    llm = LLM(EngineOptions(str(folder), num_kv_blocks=64, lora_mode=mode))
+    llm.publish(random_adapter(folder, 1, rank=4))
+    before = scores(llm)
+    work = "rebuild_weight" if mode == "merged" else "_copied"
+    real, calls = getattr(slots, work), []
+
+    def failing(*arguments: object) -> object:
+        calls.append(arguments)
+        if len(calls) == fails_at:
+            raise RuntimeError("out of memory")
+        return real(*arguments)
+
+    with monkeypatch.context() as now, pytest.raises(RuntimeError, match="out of memory"):
+        now.setattr(slots, work, failing)
+        llm.publish(random_adapter(folder, 2, seed=2, rank=6))
+    assert llm.engine.policy_version == 1 and torch.equal(scores(llm), before)
+    llm.engine.commit_adapter(2)  # it is still held
+    after = LLM(EngineOptions(str(folder), num_kv_blocks=64, lora_mode=mode))
+    after.publish(random_adapter(folder, 2, seed=2, rank=6))
+    assert torch.equal(scores(llm), scores(after))
+
+
+def test_going_back_to_the_base_pushes_no_adapter_out(folder: Path) -> None:
+    config = read_model_config(folder)
+    adapters = slots.AdapterSlots(config, range(3), torch.float32, "cpu", keep=2)
+    for version in (1, 2, 3):
+        adapters.stage(random_adapter(folder, version))
+        adapters.commit(version)
+    assert adapters.resident_versions == [0, 2, 3]
+    adapters.commit(0)
+    assert adapters.resident_versions == [0, 2, 3]

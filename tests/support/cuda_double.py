@@ -1,0 +1,136 @@
+"""The CUDA runner on a CPU: its host side is the real one, kernels are their references, torch.cuda is a double.
+
+Of CUDA the double keeps what the host side must respect: a graph goes on to read the tensors that it was captured with,
+whatever has taken their place since; and a memory pool whose last graph has gone takes no more captures.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from ember_ray.engine.block_pool import BlockPool
+from ember_ray.engine.cuda_runner import CudaRunner
+from ember_ray.engine.options import EngineOptions
+from ember_ray.engine.scheduler import Scheduler
+from ember_ray.engine.stage_engine import StageEngine
+from ember_ray.engine.transport import LoopbackTransport
+
+
+class _Event:
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.time = 0.0
+
+    def record(self) -> None:
+        self.time = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, other: _Event) -> float:
+        return 1e3 * (other.time - self.time)
+
+
+class _Pool:
+    num_graphs, is_dead = 0, False
+
+
+class _Graph:
+    """Replays a step on the tensors of its capture."""
+
+    pool: _Pool | None = None
+
+    def captured(self, runner: DoubledRunner, shape: tuple[int, int], pool: _Pool) -> None:
+        self.pool, self.runner, self.shape = pool, runner, shape
+        pool.num_graphs += 1
+        params, groups = runner._buffers.params(shape[0]), runner._buffers.groups(shape[1])
+        self.fixed: dict[str, Any] = {
+            # groups remember what their reference made of the contents: another object at each replay
+            "_buffers": SimpleNamespace(params=lambda rows: params, groups=lambda item_rows: replace(groups)),
+            "_adapters": SimpleNamespace(active=runner._adapters.active),
+        }
+
+    def replay(self) -> None:
+        now = {name: getattr(self.runner, name) for name in self.fixed}
+        vars(self.runner).update(self.fixed)
+        try:
+            CudaRunner._step(self.runner, self.shape)
+        finally:
+            vars(self.runner).update(now)
+
+    def __del__(self) -> None:
+        if self.pool is not None:
+            self.pool.num_graphs -= 1
+            self.pool.is_dead = self.pool.num_graphs == 0
+
+
+class DoubledRunner(CudaRunner):
+    """Notes what it captures, the newest last."""
+
+    capturing: _Graph | None = None
+    pool: Any = None
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.captures: list[tuple[int, int]] = []
+
+    def _step(self, shape: tuple[int, int]) -> None:
+        super()._step(shape)
+        if DoubledRunner.capturing is not None:
+            DoubledRunner.capturing.captured(self, shape, DoubledRunner.pool)
+            self.captures.append(shape)
+
+
+@contextmanager
+def _graph(graph: _Graph, pool: _Pool, **_: Any) -> Iterator[None]:
+    assert not pool.is_dead, "a pool whose graphs have all gone takes no more captures"
+    DoubledRunner.capturing, DoubledRunner.pool = graph, pool
+    try:
+        yield
+    finally:
+        DoubledRunner.capturing = None
+
+
+def put_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaces torch.cuda until the test ends."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {
+        "Event": _Event,
+        "CUDAGraph": _Graph,
+        "graph": _graph,
+        "graph_pool_handle": _Pool,
+        "synchronize": lambda: None,
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda one: nullcontext(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+
+
+def doubled_engine(folder: Path, **options: Any) -> tuple[StageEngine, DoubledRunner]:
+    """An engine whose runner is the CUDA one; torch.cuda is replaced already."""
+    roomy = {"num_kv_blocks": 400, "max_num_seqs": 64, "max_num_batched_tokens": 256}
+    asked = EngineOptions(str(folder), **(roomy | options))
+    engine = StageEngine(asked, 0, LoopbackTransport())
+    blocks, size, shape = engine.scheduler.pool.num_blocks, asked.block_size, list(engine.kv_cache.shape)
+    shape[2] += size
+    engine.kv_cache = torch.full(shape, torch.nan)
+    engine.scheduler = Scheduler(
+        BlockPool(blocks), size, asked.max_num_seqs, asked.max_num_batched_tokens, engine.max_model_len,
+        engine.config.vocab_size, engine.num_lanes, asked.prefix_sharing, asked.num_scheduler_steps, mixed=False,
+    )  # fmt: skip
+    assert engine._stop_check is not None
+    runner = DoubledRunner(
+        asked, engine.model, engine._slots, engine.kv_cache, engine._stop_check, engine._take_aborts,
+        engine.prefill_backend,
+    )  # fmt: skip
+    engine._runner = runner
+    return engine, runner
