@@ -16,9 +16,10 @@ def prefix_keys(token_ids: Sequence[int], block_size: int, policy_version: int) 
     """
     keys = []
     parent = blake2b(policy_version.to_bytes(8, "little"), digest_size=16).digest()
-    for start in range(0, len(token_ids), block_size):
-        block = array("q", token_ids[start : start + block_size]).tobytes()
-        parent = blake2b(parent + block, digest_size=16).digest()
+    tokens = array("q", token_ids)
+    data, size = tokens.tobytes(), block_size * tokens.itemsize
+    for start in range(0, len(data), size):
+        parent = blake2b(parent + data[start : start + size], digest_size=16).digest()
         keys.append(parent)
     return keys
 

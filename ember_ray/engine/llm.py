@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -103,7 +104,7 @@ class LLM:
             return tuple(self.tokenizer.encode(prompt))
         if prompt and isinstance(prompt[0], dict):
             return tuple(self.tokenizer.encode_chat(prompt))  # type: ignore[arg-type]
-        return tuple(map(int, prompt))  # type: ignore[arg-type]
+        return tuple(array("q", prompt))  # type: ignore[arg-type]
 
     def publish(self, update: AdapterUpdate) -> None:
         """Switches to a new adapter version; raises AdapterError and keeps the old one if it is refused."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from cuda_ext.logprobs import token_logprobs
 from cuda_ext.prefill_attention import PrefillBatch
 from ember_ray.engine.block_pool import BlockPool, prefix_keys
-from ember_ray.engine.scheduler import RequestError
+from ember_ray.engine.scheduler import RequestError, extremes
 from ember_ray.engine.step_inputs import StepInputs, slots_of
 from ember_ray.engine.upload import upload
 
@@ -90,7 +90,7 @@ class Scorer:
             raise RequestError(f"{name}: prompt_len {request.prompt_len} of {count} tokens leaves nothing to score")
         if count > self._max_model_len:
             raise RequestError(f"{name}: it has {count} tokens, the context holds {self._max_model_len}")
-        for token in (min(request.token_ids), max(request.token_ids)):
+        for token in extremes(request.token_ids):
             if not 0 <= token < self._vocab_size:
                 raise RequestError(f"{name}: token id {token} is outside the vocabulary of {self._vocab_size}")
         need = self._blocks_for(request.prompt_len) + self._blocks_for(count - request.prompt_len)
