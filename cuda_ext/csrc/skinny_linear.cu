@@ -63,6 +63,7 @@ void cut(Problem& p, bool clusters, int multiprocessors) {
   const int full = p.swiglu ? kTileRows / 2 : kTileRows;
   const int tiles = (longest + full - 1) / full;
   p.tile_rows = (longest + tiles - 1) / tiles;
+  p.tiles_per_block = p.segments == 1 ? tiles : std::min(tiles, kBlockTiles);
   p.block_rows = p.segments == 1 ? p.out : kBlockTiles * p.tile_rows;
 }
 
@@ -70,8 +71,8 @@ void cut(Problem& p, bool clusters, int multiprocessors) {
 
 EMBER_API int ember_skinny_linear(const void* x, const void* residual, const void* norm_weight, const void* weight,
                                   const void* bias, void* y, void* residual_out, int64_t dtype, int64_t rows,
-                                  int64_t in, int64_t out, int64_t swiglu, float eps, int64_t depth, int64_t prefetch,
-                                  int64_t early, int64_t evict, int64_t cluster, int64_t trace, const void* after, int64_t after_bytes,
+                                  int64_t in, int64_t out, int64_t swiglu, float eps, int64_t depth, int64_t unused,
+                                  int64_t early, int64_t beyond, int64_t cluster, int64_t trace, const void* after, int64_t after_bytes,
                                   cudaStream_t stream) {
   using namespace ember::skinny;
   const ember::DeviceInfo& device = ember::device_info();
@@ -82,7 +83,7 @@ EMBER_API int ember_skinny_linear(const void* x, const void* residual, const voi
   p = {x, residual, norm_weight, weight, bias, y, residual_out, (int)rows, (int)in, (int)out};
   p.swiglu = (int)swiglu;
   p.eps = eps;
-  p.early = (int)early, p.evict = (int)evict, p.trace = (unsigned long long*)trace;
+  p.early = (int)early, p.beyond = (int)beyond, p.trace = (unsigned long long*)trace;
   cut(p, cluster && device.major >= 9, device.multiprocessors);
   const int shares = device.multiprocessors / p.cluster;
   const int grid = std::min(shares, (int)out) * p.cluster;
@@ -94,7 +95,7 @@ EMBER_API int ember_skinny_layer(const void* attended, const void* residual, con
                                  const void* next_weight, void* projected, void* middle, void* act, void* mlp,
                                  void* residual_out, void* y, int64_t dtype, int64_t rows, int64_t attended_width,
                                  int64_t hidden, int64_t ffn, int64_t next_out, float eps, int64_t depth, int64_t early,
-                                 int64_t evict, int64_t trace, const void* after, int64_t after_bytes,
+                                 int64_t beyond, int64_t trace, const void* after, int64_t after_bytes,
                                  cudaStream_t stream) {
   using namespace ember::skinny;
   const ember::DeviceInfo& device = ember::device_info();
@@ -110,7 +111,7 @@ EMBER_API int ember_skinny_layer(const void* attended, const void* residual, con
   for (int i = 0; i < chain.count; ++i) {
     Problem& p = chain.problems[i];
     p.eps = eps;
-    p.early = (int)early, p.evict = (int)evict;
+    p.early = (int)early, p.beyond = (int)beyond;
     if (trace) p.trace = (unsigned long long*)trace + i * 132 * 8;
     cut(p, false, device.multiprocessors);
   }

@@ -34,7 +34,8 @@ struct Problem {
   int tile_rows, block_rows;
   int swiglu;
   float eps;
-  int early, evict;  // tuning
+  int tiles_per_block;
+  int early, beyond;  // tuning
   unsigned long long* trace;
 };
 
@@ -115,16 +116,14 @@ __device__ __forceinline__ uint4 scale4(uint4 a, float scale, uint4 weight) {
 }
 
 // 16 bytes from global to shared memory; zeros where `valid` is false.
-__device__ __forceinline__ void copy_async(uint32_t shared, const void* global, bool valid, uint64_t policy) {
-  const int bytes = valid ? 16 : 0;
-  if (policy) {
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared), "l"(global),
-                 "r"(bytes), "l"(policy)
-                 : "memory");
-  } else {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes)
-                 : "memory");
-  }
+__device__ __forceinline__ void copy_async(uint32_t shared, const void* global, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0)
+               : "memory");
+}
+__device__ __forceinline__ void prefetch_into_l2(const void* global, int bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+#endif
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
@@ -250,7 +249,6 @@ __global__ void __launch_bounds__(kThreads, kDepth > 6 ? 1 : 2) skinny_linear_ke
   const uint32_t ring = (uint32_t)__cvta_generic_to_shared(shared) + warp * kDepth * kUnitBytes;
   const int lane_row = lane / 8, piece = lane % 8;
   const uint32_t put = lane_row * 128 + ((piece ^ ((lane_row & 1) * 4)) * 16);
-  const uint64_t policy = chain.problems[0].evict ? 0x12F0000000000000ull : 0;
   int fetched = 0;  // problems whose weights are all under way
   Walk ahead;
   ahead.start(chain.problems[0]);
@@ -270,21 +268,18 @@ __global__ void __launch_bounds__(kThreads, kDepth > 6 ? 1 : 2) skinny_linear_ke
         const int row = lane_row + (i & 1) * 4 + (p.swiglu ? 0 : (i / 2) * 8);
         const bool valid = inside && begin + row < end;
         const T* place = source + (i & 1) * 4 * (int64_t)p.in + (i / 2) * upper;
-        copy_async(ring + slot + put + i * 512, valid ? place : weight, valid, policy);
+        copy_async(ring + slot + put + i * 512, valid ? place : weight, valid);
       }
       ahead.next(p);
       while (ahead.done()) {
         stamp(p, 6);
         if (++fetched == chain.count) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
           if (chain.after != nullptr && threadIdx.x == 0) {
             constexpr int kChunk = 8192;
             for (int64_t at = (int64_t)blockIdx.x * kChunk; at < chain.after_bytes; at += (int64_t)gridDim.x * kChunk) {
-              const int bytes = (int)(chain.after_bytes - at < kChunk ? chain.after_bytes - at : kChunk);
-              asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(chain.after + at), "r"(bytes) : "memory");
+              prefetch_into_l2(chain.after + at, (int)(chain.after_bytes - at < kChunk ? chain.after_bytes - at : kChunk));
             }
           }
-#endif
           if (!chain.problems[0].early) let_successor_start();
           break;
         }
@@ -327,6 +322,27 @@ __global__ void __launch_bounds__(kThreads, kDepth > 6 ? 1 : 2) skinny_linear_ke
   stamp(p, 2);
   // x: a lane holds rows `group` and `group + 8`, and of each unit the pieces `quad` and `quad + 4`.
   uint4 held[kHalves][kSteps][2];
+  // What comes after the ring's content goes into the L2 cache behind the loads of x, so that the memory has work
+  // until these are there and the stream goes on.
+  bool went_beyond = false;
+  auto go_beyond = [&] {
+    if (went_beyond) return;
+    went_beyond = true;
+    Walk here;
+    here.start(p);
+    if (threadIdx.x < p.beyond * kTileRows) {
+      const int part = kDepth / p.steps + threadIdx.x / kTileRows, row = threadIdx.x % kTileRows;
+      const int segment = part / p.tiles_per_block, tile = part % p.tiles_per_block;
+      const int in_tile = p.swiglu ? row % 8 : row;
+      const int y_row = here.block + tile * p.tile_rows + in_tile;
+      if (segment * p.cluster < p.segments && in_tile < p.tile_rows && y_row < here.last) {
+        const int column = (here.rank + segment) * p.segment_units * kUnit;
+        const int64_t weight_row = y_row + (p.swiglu && row >= 8 ? p.out : 0);
+        prefetch_into_l2(static_cast<const T*>(p.weight) + weight_row * p.in + column,
+                         min(p.segment_units * kUnit, p.in - column) * 2);
+      }
+    }
+  };
   auto load_x = [&](int segment) {
     const T* x = static_cast<const T*>(p.x);
     const T* residual = static_cast<const T*>(p.residual);
@@ -348,7 +364,10 @@ __global__ void __launch_bounds__(kThreads, kDepth > 6 ? 1 : 2) skinny_linear_ke
         }
       }
     }
-    if (residual == nullptr) return;
+    if (residual == nullptr) {
+      go_beyond();
+      return;
+    }
     constexpr int kBatch = kHalves == 1 ? kSteps : 2;  // as many loads under way as there are registers
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
@@ -366,6 +385,7 @@ __global__ void __launch_bounds__(kThreads, kDepth > 6 ? 1 : 2) skinny_linear_ke
             }
           }
         }
+        go_beyond();
 #pragma unroll
         for (int j = 0; j < kBatch; ++j) {
 #pragma unroll
