@@ -25,7 +25,8 @@ class EngineOptions:
         layer_split: layers a stage holds, in order; empty means one stage with all of them.
         block_size: token positions in a KV block.
         num_kv_blocks: KV blocks on each stage; None takes as many as fit on a GPU, and 2048 on a CPU.
-        gpu_memory_utilization: share of a GPU's memory that the stage may fill with weights, activations and KV blocks.
+        gpu_memory_utilization: share of a GPU's memory that the stage may fill with weights, activations and KV blocks;
+            of a GPU that several processes use, each stage's own share. What is free bounds it too.
         max_num_seqs: most candidates decoding at once.
         max_num_batched_tokens: most tokens in one forward pass.
         max_model_len: longest prompt plus answer in tokens; None takes the model's own limit.
@@ -62,7 +63,7 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         numbers = ("block_size", "num_kv_blocks", "max_num_seqs", "max_num_batched_tokens", "num_scheduler_steps")
-        for name in (*numbers, "micro_batches"):
+        for name in (*numbers, "max_model_len", "micro_batches"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"engine: {name} must be at least 1, not {value}")

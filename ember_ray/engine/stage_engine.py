@@ -24,7 +24,7 @@ from cuda_ext.prefill_attention import choose_backend
 from ember_ray.engine.block_pool import BlockPool
 from ember_ray.engine.cuda_runner import CudaRunner
 from ember_ray.engine.eager_runner import EagerRunner
-from ember_ray.engine.kv_memory import fitting_kv_blocks
+from ember_ray.engine.kv_memory import agreed_kv_blocks, fitting_kv_blocks
 from ember_ray.engine.options import CPU_KV_BLOCKS, EngineOptions
 from ember_ray.engine.request import Candidate, GenerationRequest
 from ember_ray.engine.scheduler import Scheduler, StepPlan
@@ -42,9 +42,6 @@ from ember_ray.model.slots import AdapterSlots, MergedWeights
 from ember_ray.model.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-_AGREEMENT_TAG = 1
-"""Of the message in which stages tell each other how many KV blocks fit; steps count their tags from 2."""
 
 
 class Runner(Protocol):
@@ -72,16 +69,6 @@ class Runner(Protocol):
 
     def end(self) -> None:
         """A rollout has ended, well or not."""
-
-
-def smallest(transport: Transport, value: int) -> int:
-    """The smallest of all stages' values: their copies of the scheduler must have equal pools."""
-    others = [stage for stage in range(transport.world_size) if stage != transport.rank]
-    for stage in others:
-        transport.send(torch.tensor([value]), stage, _AGREEMENT_TAG)
-    values = [int(transport.receive(torch.zeros(1, dtype=torch.int64), stage, _AGREEMENT_TAG)) for stage in others]
-    transport.flush()
-    return min([value, *values])
 
 
 class StageEngine:
@@ -131,7 +118,9 @@ class StageEngine:
         ahead = device.type == "cuda" and len(split) == 1
         num_blocks = options.num_kv_blocks or CPU_KV_BLOCKS
         if options.num_kv_blocks is None and device.type == "cuda":
-            num_blocks = smallest(transport, fitting_kv_blocks(options, self.model, self.prefill_backend))
+            num_blocks = agreed_kv_blocks(
+                transport, lambda: fitting_kv_blocks(options, self.model, self.prefill_backend)
+            )
             logger.info("stage %d: %d KV blocks of %d tokens", stage, num_blocks, options.block_size)
         # one block more, which nobody reads: padding rows of a captured graph write there
         slots = (num_blocks + ahead) * options.block_size
@@ -206,6 +195,8 @@ class StageEngine:
 
     def rollout(self, requests: Sequence[GenerationRequest]) -> Iterator[list[Candidate]]:
         """Generates all candidates of a batch; to be run by all stages with the same requests.
+
+        It begins with the first look at the results, and closing the iterator gives the batch up.
 
         Yields:
             On the last stage the candidates that ended in a step, as they end. On others nothing.

@@ -288,6 +288,12 @@ def test_a_rollout_left_half_way_leaves_a_clean_engine(folder: Path) -> None:
     assert tokens(llm.generate(prompts, 2, FREE)) == tokens(engine(folder).generate(prompts, 2, FREE))
 
 
+@pytest.mark.parametrize("name", ["max_model_len", "num_kv_blocks", "max_num_seqs", "micro_batches", "block_size"])
+def test_options_below_one_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, not 0"):
+        EngineOptions("a folder", **{name: 0})
+
+
 def test_answers_end_at_the_context_and_too_long_prompts_are_refused(folder: Path) -> None:
     llm = engine(folder, max_model_len=40)
     candidate = llm.generate(random_prompts([30]), 1, FREE)[0].candidates[0]

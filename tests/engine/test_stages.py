@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
+from ember_ray.engine.kv_memory import KvMemoryError, agreed_kv_blocks
 from ember_ray.engine.options import EngineOptions
 from ember_ray.engine.request import GenerationRequest
 from ember_ray.engine.sampling_params import SamplingParams
 from ember_ray.engine.scheduler import RequestError
-from ember_ray.engine.stage_engine import StageEngine, smallest
+from ember_ray.engine.stage_engine import StageEngine
 from ember_ray.engine.transport import LoopbackTransport, ProcessGroupTransport, TransportError
 from ember_ray.model.lora import AdapterUpdate, load_peft_adapter
 from tests.support.peft_adapters import make_adapter
@@ -208,5 +209,27 @@ def test_stages_agree_on_the_smallest_pool(folder: Path) -> None:
     with Pipeline(EngineOptions(str(folder)), (1, 1, 1)) as pipeline:
         found: dict[int, int] = {}
         offers = {0: 700, 1: 300, 2: 500}
-        pipeline.each(lambda n: found.__setitem__(n, smallest(pipeline.engines[n].transport, offers[n])))
-    assert found == {0: 300, 1: 300, 2: 300}
+
+        def agree(stage: int) -> None:
+            found[stage] = agreed_kv_blocks(pipeline.engines[stage].transport, lambda: offers[stage])
+
+        pipeline.each(agree)
+        assert found == {0: 300, 1: 300, 2: 300}
+
+
+def test_all_stages_hear_at_once_that_nothing_fits_on_one(folder: Path) -> None:
+    def fitting(stage: int) -> int:
+        if stage == 1:
+            raise KvMemoryError("no GPU memory is left")
+        return 700
+
+    with Pipeline(EngineOptions(str(folder)), (1, 2)) as pipeline:
+        says: dict[int, str] = {}
+
+        def agree(stage: int) -> None:
+            with pytest.raises(KvMemoryError) as fault:
+                agreed_kv_blocks(pipeline.engines[stage].transport, lambda: fitting(stage))
+            says[stage] = str(fault.value)
+
+        pipeline.each(agree)
+    assert says[1] == "no GPU memory is left" and "700 KV blocks fit on stage 0, but none on another" in says[0]
