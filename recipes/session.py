@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +23,7 @@ from actors.messages import (
 )
 from actors.rollouts import DAY_S, Rollouts
 from ember_ray.config import signals
+from ember_ray.config.errors import UserError
 from ember_ray.config.schema import DpoExtractConfig
 from ember_ray.engine.sampling_params import SamplingParams
 from ember_ray.tracking.console import Console
@@ -30,6 +33,22 @@ STAGE_GPU, LEARNER_GPU = 0.75, 0.25
 """Shares of a GPU, if the model is to be on one. No two stages get the same GPU, and the learner fits beside a stage,
 so one GPU is enough for a run. Ray counts the shares and sets no limit: both must fit into the GPU's memory together.
 """
+
+
+def check_gpu() -> None:
+    """Makes sure, before Ray is started, that this machine's GPU runs the kernels.
+
+    In a process of its own, because to ask a GPU takes some of its memory for as long as the process lives.
+
+    Raises:
+        UserError: one sentence on what is wrong and what helps.
+    """
+    question = (
+        "from cuda_ext.device import require_cuda as ask\ntry:\n  ask('cuda')\nexcept ValueError as no:\n  print(no)"
+    )
+    answer = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True)
+    if answer.returncode or answer.stdout.strip():
+        raise UserError(f"model.device=cuda: {(answer.stdout or answer.stderr).strip().splitlines()[-1]}")
 
 
 class Session:
@@ -48,6 +67,8 @@ class Session:
     def __enter__(self) -> Session:
         config = self.config
         self._options = options = engine_options(config)
+        if config.model.device == "cuda" and config.ray.address is None:
+            check_gpu()
         with self.console.stage("starting Ray") as stage:
             self._cluster = cluster.start(
                 len(options.layer_split),

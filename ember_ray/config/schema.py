@@ -94,7 +94,11 @@ class EngineSection(Section):
         f"null = {CPU_KV_BLOCKS} on a CPU, and on a GPU as many as fit.",
     )
     gpu_memory_utilization: float = Field(
-        0.9, gt=0, le=1, description="Share of a GPU's memory for weights, activations and KV blocks of a stage."
+        0.6,
+        gt=0,
+        le=1,
+        description="Share of a GPU's memory that a stage may fill with weights, activations and KV blocks; "
+        "the learner needs the rest of one GPU.",
     )
     max_num_seqs: PositiveInt = Field(128, description="Most candidates that generate at the same time.")
     max_num_batched_tokens: PositiveInt = Field(2048, description="Most tokens in one forward, prefill included.")

@@ -52,4 +52,4 @@ def test_a_cache_that_is_sized_on_the_gpu_is_said_to_be_so() -> None:
     stages = stage_plans((2,), (2**20,), kv_heads=1, head_dim=1, dtype="bfloat16", kv_tokens=None)
     text = render_plan(config, stages)
     assert "1.0 MiB in all without KV cache" in text
-    assert "what fits in 90% of the GPU KV cache" in text
+    assert "what fits in 60% of the GPU KV cache" in text

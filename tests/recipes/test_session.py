@@ -13,6 +13,7 @@ from actors import cluster as clusters
 from ember_ray.config.schema import DpoExtractConfig
 from ember_ray.tracking.console import Console
 from recipes.session import STAGE_GPU, Session, start_learner
+from tests.support.command_line import run
 
 pytestmark = pytest.mark.slow
 
@@ -73,3 +74,14 @@ def test_the_dashboard_is_there_and_the_user_is_told_where(tmp_path: Path, capsy
         assert address and token and Path(token[1]).is_file()
         page = urllib.request.urlopen(address[1], timeout=30)
         assert page.status == 200 and b"Ray Dashboard" in page.read()
+
+
+def test_a_machine_without_a_usable_gpu_is_told_before_ray_starts(tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    ended = run("recipes.dpo_extract", "model.device=cuda", cwd=tmp_path)
+    assert ended.status == 2
+    assert re.search(r"error: model.device=cuda: .*, or use the device 'cpu'\n$", ended.stderr), ended.stderr
+    assert "starting Ray" not in ended.stdout + ended.stderr
