@@ -145,8 +145,10 @@ class Scheduler:
             if not 0 <= token < self.vocab_size:
                 raise RequestError(f"{name}: token id {token} is outside the model's vocabulary of {self.vocab_size}")
         indices = request.candidate_indices
-        if len(set(indices)) != len(indices) or any(index < 0 for index in indices):
-            raise RequestError(f"{name}: candidate indices must be different and at least 0, not {list(indices)}")
+        if len(set(indices)) != len(indices) or any(not 0 <= index < 2**31 for index in indices):
+            raise RequestError(
+                f"{name}: candidate indices must be different and at least 0 and below 2**31, not {list(indices)}"
+            )
         if length >= self.max_model_len:
             raise RequestError(
                 f"{name}: the prompt has {length} tokens, the context holds {self.max_model_len} with the answer"

@@ -61,17 +61,13 @@ class DeviceBuffers:
     """
 
     def __init__(self, capacities: Mapping[str, tuple[tuple[int, ...], torch.dtype]], device: str) -> None:
-        self.capacities, self._device = dict(capacities), torch.device(device)
+        self._device = torch.device(device)
         sizes = {name: int(np.prod(shape)) * dtype.itemsize for name, (shape, dtype) in capacities.items()}
         self._offsets, total = _offsets(sizes)
         self._packed = torch.zeros(total, dtype=torch.uint8, device=self._device)
         self.tensors = {
             name: _view(self._packed, self._offsets[name], dtype, shape) for name, (shape, dtype) in capacities.items()
         }
-
-    def fits(self, name: str, size: int) -> bool:
-        """Whether that many elements can be held."""
-        return size <= int(np.prod(self.capacities[name][0]))
 
     def fill(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Puts arrays at the start of their tensors; what lies behind them or is not named becomes undefined."""

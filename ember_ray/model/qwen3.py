@@ -1,7 +1,7 @@
 """A contiguous cut of a dense Qwen3 model: the layers of one pipeline stage.
 
-Weights of q, k, v and of gate, up are fused. They are read here once and never written again; adapters live
-beside them (see :mod:`ember_ray.model.slots`).
+Weights of q, k, v and of gate, up are fused. They are read here once and not written again, but where adapters are
+merged into them; else adapters live beside them (see :mod:`ember_ray.model.slots` for both).
 """
 
 from __future__ import annotations

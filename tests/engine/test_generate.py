@@ -288,6 +288,13 @@ def test_a_rollout_left_half_way_leaves_a_clean_engine(folder: Path) -> None:
     assert tokens(llm.generate(prompts, 2, FREE)) == tokens(engine(folder).generate(prompts, 2, FREE))
 
 
+def test_a_gpu_that_is_not_the_current_one_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cuda_ext.device.require_cuda", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with pytest.raises(ValueError, match="'cuda:1' is not the GPU .* works on .0.; .* CUDA_VISIBLE_DEVICES=1 and"):
+        engine(folder, device="cuda:1")
+
+
 @pytest.mark.parametrize("name", ["max_model_len", "num_kv_blocks", "max_num_seqs", "micro_batches", "block_size"])
 def test_options_below_one_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at least 1, not 0"):

@@ -265,6 +265,7 @@ def test_candidates_that_come_when_all_others_have_gone_need_no_second_pass(prom
         ([GenerationRequest("a", (1, -1), (0,), SamplingParams())], "token id -1 is outside"),
         ([GenerationRequest("a", (1,), (0, 2, 0), SamplingParams())], r"must be different .* not \[0, 2, 0\]"),
         ([GenerationRequest("a", (1,), (-1,), SamplingParams())], "at least 0"),
+        ([GenerationRequest("a", (1,), (2**31,), SamplingParams())], r"below 2\*\*31"),
     ],
 )
 def test_what_can_never_be_served_is_refused_whole(bad: list[GenerationRequest], says: str) -> None:
