@@ -105,8 +105,8 @@ class StageEngine:
             require_cuda(device)
             if device.index not in (None, torch.cuda.current_device()):  # where kernels are launched
                 raise ValueError(
-                    f"device '{device}' is not the GPU that this process works on ({torch.cuda.current_device()}); start "
-                    f"it with CUDA_VISIBLE_DEVICES={device.index} and name the device 'cuda'"
+                    f"device '{device}' is not the GPU that this process works on ({torch.cuda.current_device()}); set "
+                    f"CUDA_VISIBLE_DEVICES={device.index} and name the device 'cuda'"
                 )
         self.prefill_backend, why = choose_backend(
             options.prefill_attention, self.dtype, config.head_dim, options.device
