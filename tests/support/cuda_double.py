@@ -39,6 +39,11 @@ class _Event:
         return 1e3 * (other.time - self.time)
 
 
+class _Stream:
+    def wait_stream(self, other: _Stream) -> None:
+        pass
+
+
 class _Pool:
     num_graphs, is_dead = 0, False
 
@@ -101,15 +106,14 @@ def _graph(graph: _Graph, pool: _Pool, **_: Any) -> Iterator[None]:
 
 def put_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replaces torch.cuda until the test ends."""
-    stream = SimpleNamespace(wait_stream=lambda other: None)
     for name, value in {
         "Event": _Event,
         "CUDAGraph": _Graph,
         "graph": _graph,
         "graph_pool_handle": _Pool,
         "synchronize": lambda: None,
-        "Stream": lambda: stream,
-        "current_stream": lambda: stream,
+        "Stream": _Stream,
+        "current_stream": _Stream,
         "stream": lambda one: nullcontext(),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
