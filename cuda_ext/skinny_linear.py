@@ -23,7 +23,7 @@ MAX_ROWS = 16
 TUNING = [6, 0, 1, 0, 0, 0]
 AFTER: list[Tensor | None] = [None]
 AFTER_BYTES = [1 << 40]
-TUNING_LAYER = [12, 1, 0, 0]
+TUNING_LAYER = [6, 1, 0, 0]
 
 
 def can_skinny(x: Tensor, weight: Tensor) -> bool:

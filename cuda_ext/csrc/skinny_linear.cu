@@ -33,13 +33,8 @@ int run(const Chain& chain, int grid, cudaStream_t stream) {
 
 template <class T>
 int choose(const Chain& chain, int depth, int grid, cudaStream_t stream) {
-  if (chain.problems[0].rows > 8) {
-    return depth > 6 ? run<T, 2, 12>(chain, grid, stream) : run<T, 2, 5>(chain, grid, stream);
-  }
-  if (depth == 4) return run<T, 1, 4>(chain, grid, stream);
-  if (depth == 6) return run<T, 1, 6>(chain, grid, stream);
-  if (depth == 8) return run<T, 1, 8>(chain, grid, stream);
-  return run<T, 1, 12>(chain, grid, stream);
+  if (chain.problems[0].rows > 8) return run<T, 2, 5>(chain, grid, stream);
+  return depth == 4 ? run<T, 1, 4>(chain, grid, stream) : run<T, 1, 6>(chain, grid, stream);
 }
 
 int choose(int64_t dtype, const Chain& chain, int depth, int grid, cudaStream_t stream) {

@@ -13,14 +13,14 @@
 
 namespace ember::skinny {
 
-constexpr int kWarps = 8;
+constexpr int kWarps = 16;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kTileRows = 16;
 constexpr int kUnit = 64;                          // columns of W that a warp takes at a time: 128 bytes of a row
 constexpr int kUnitBytes = kTileRows * kUnit * 2;  // of one row tile
-constexpr int kSteps = 5;                          // units of a row tile whose x a warp holds in registers
+constexpr int kSteps = 3;                          // units of a row tile whose x a warp holds in registers
 constexpr int kSegmentUnits = kWarps * kSteps;     // wider weights are walked through in segments
-constexpr int kBlockTiles = 10;                     // row tiles that share one reading of x's segments
+constexpr int kBlockTiles = 4;                      // row tiles that share one reading of x's segments
 constexpr int kSumPitch = 20;                      // floats between columns of a warp's sums: no bank is hit twice
 
 // One matrix product and what stands around it.
@@ -59,6 +59,16 @@ struct Pair<bf16> {
     __nv_bfloat162 pair = __float22bfloat162_rn(values);
     return reinterpret_cast<const uint32_t&>(pair);
   }
+  static __device__ __forceinline__ uint32_t add(uint32_t a, uint32_t b) {
+    const __nv_bfloat162 sum =
+        __hadd2_rn(reinterpret_cast<const __nv_bfloat162&>(a), reinterpret_cast<const __nv_bfloat162&>(b));
+    return reinterpret_cast<const uint32_t&>(sum);
+  }
+  static __device__ __forceinline__ uint32_t multiply(uint32_t a, uint32_t b) {
+    const __nv_bfloat162 product =
+        __hmul2_rn(reinterpret_cast<const __nv_bfloat162&>(a), reinterpret_cast<const __nv_bfloat162&>(b));
+    return reinterpret_cast<const uint32_t&>(product);
+  }
   // c += A B with A 16x16, B 16x8 (PTX ISA, "Matrix Fragments for mma.m16n8k16").
   static __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                                              uint32_t b0, uint32_t b1) {
@@ -76,6 +86,14 @@ struct Pair<fp16> {
     __half2 pair = __float22half2_rn(values);
     return reinterpret_cast<const uint32_t&>(pair);
   }
+  static __device__ __forceinline__ uint32_t add(uint32_t a, uint32_t b) {
+    const __half2 sum = __hadd2_rn(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b));
+    return reinterpret_cast<const uint32_t&>(sum);
+  }
+  static __device__ __forceinline__ uint32_t multiply(uint32_t a, uint32_t b) {
+    const __half2 product = __hmul2_rn(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b));
+    return reinterpret_cast<const uint32_t&>(product);
+  }
   static __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                                              uint32_t b0, uint32_t b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -85,14 +103,11 @@ struct Pair<fp16> {
 };
 
 // Four pairs of x as they go: x + residual rounded to T; the same times the row's 1/rms, rounded, times the norm's
-// weight, rounded (the roundings of cuda_ext/rms_norm.py).
+// weight, rounded (the roundings of cuda_ext/rms_norm.py: a sum or product of two T rounded at once is the float32
+// one rounded to T).
 template <class T>
 __device__ __forceinline__ uint4 add4(uint4 a, uint4 b) {
-  auto add = [](uint32_t x, uint32_t y) {
-    const float2 u = Pair<T>::unpack(x), v = Pair<T>::unpack(y);
-    return Pair<T>::pack(make_float2(u.x + v.x, u.y + v.y));
-  };
-  return make_uint4(add(a.x, b.x), add(a.y, b.y), add(a.z, b.z), add(a.w, b.w));
+  return make_uint4(Pair<T>::add(a.x, b.x), Pair<T>::add(a.y, b.y), Pair<T>::add(a.z, b.z), Pair<T>::add(a.w, b.w));
 }
 template <class T>
 __device__ __forceinline__ float squares4(float sum, uint4 a) {
@@ -107,10 +122,8 @@ __device__ __forceinline__ float squares4(float sum, uint4 a) {
 template <class T>
 __device__ __forceinline__ uint4 scale4(uint4 a, float scale, uint4 weight) {
   auto one = [scale](uint32_t x, uint32_t w) {
-    float2 v = Pair<T>::unpack(x);
-    v = Pair<T>::unpack(Pair<T>::pack(make_float2(v.x * scale, v.y * scale)));
-    const float2 u = Pair<T>::unpack(w);
-    return Pair<T>::pack(make_float2(v.x * u.x, v.y * u.y));
+    const float2 v = Pair<T>::unpack(x);
+    return Pair<T>::multiply(Pair<T>::pack(make_float2(v.x * scale, v.y * scale)), w);
   };
   return make_uint4(one(a.x, weight.x), one(a.y, weight.y), one(a.z, weight.z), one(a.w, weight.w));
 }
@@ -218,17 +231,19 @@ struct Layout {
   static constexpr int kSums = 2 * kWarps * kSumFloats * 4;
   static constexpr int kKept = kBlockTiles * kTileRows * kColumns * 4;
   static constexpr int kSquares = kWarps * kColumns * 4;
-  static constexpr int kBytes = kRing + kSums + kKept + kSquares;
+  static constexpr int kNorm = kWarps * kSteps * kUnit * 2;  // a warp's part of a norm's weight
+  static constexpr int kBytes = kRing + kSums + kKept + kSquares + 2 * kNorm;
 };
 
 // kHalves: x has up to 8 rows a half. kDepth: units of a warp's ring.
 template <class T, int kHalves, int kDepth>
-__global__ void __launch_bounds__(kThreads, kDepth > 6 ? 1 : 2) skinny_linear_kernel(const __grid_constant__ Chain chain) {
+__global__ void __launch_bounds__(kThreads, 1) skinny_linear_kernel(const __grid_constant__ Chain chain) {
   using L = Layout<T, kHalves, kDepth>;
   extern __shared__ __align__(128) char shared[];
   float* sums = reinterpret_cast<float*>(shared + L::kRing);
   float* kept = reinterpret_cast<float*>(shared + L::kRing + L::kSums);
   float* squares = reinterpret_cast<float*>(shared + L::kRing + L::kSums + L::kKept);
+  char* norms = shared + L::kRing + L::kSums + L::kKept + L::kSquares;
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int group = lane / 4, quad = lane % 4;
@@ -249,47 +264,77 @@ __global__ void __launch_bounds__(kThreads, kDepth > 6 ? 1 : 2) skinny_linear_ke
   const uint32_t ring = (uint32_t)__cvta_generic_to_shared(shared) + warp * kDepth * kUnitBytes;
   const int lane_row = lane / 8, piece = lane % 8;
   const uint32_t put = lane_row * 128 + ((piece ^ ((lane_row & 1) * 4)) * 16);
-  int fetched = 0;  // problems whose weights are all under way
+  int fetched = -1;  // the problem whose weights are on their way
   Walk ahead;
-  ahead.start(chain.problems[0]);
+  ahead.block = ahead.last = 0;
+  const char* source = nullptr;  // what this lane copies next of the rows lane_row, + 4, and the upper ones of both
+  uint32_t four_rows = 0, upper = 0, tile_jump = 0;
+  int column = 0, first_column = 0, limit = 0, row_ahead = 0, upper_row = 0;
+  auto enter = [&] {  // a problem, segment or block
+    const Problem& p = chain.problems[fetched];
+    first_column = ((ahead.rank + ahead.segment) * p.segment_units + warp) * kUnit + piece * 8;
+    limit = min((ahead.rank + ahead.segment + 1) * p.segment_units * kUnit, p.in);
+    column = first_column;
+    row_ahead = ahead.block;
+    source = static_cast<const char*>(p.weight) + ((int64_t)(row_ahead + lane_row) * p.in + column) * 2;
+  };
+  auto enter_problem = [&] {
+    while (ahead.done() && ++fetched < chain.count) {
+      const Problem& p = chain.problems[fetched];
+      ahead.start(p);
+      four_rows = p.in * 8;
+      upper = (uint32_t)p.in * 2 * (p.swiglu ? p.out : 8);
+      upper_row = p.swiglu ? 0 : 8;
+      tile_jump = (uint32_t)p.tile_rows * p.in * 2 - p.steps * kWarps * kUnit * 2;
+      if (!ahead.done() && p.norm_weight != nullptr && p.segments == 1) {
+        const int at = (lane / 8 * kWarps + warp) * kUnit + piece * 8;
+        if (lane < 8 * kSteps) {
+          const uint32_t to = (uint32_t)__cvta_generic_to_shared(norms + fetched / 2 * L::kNorm);
+          copy_async(to + (warp * kSteps * 8 + lane) * 16, static_cast<const T*>(p.norm_weight) + at, at < p.in);
+        }
+      }
+    }
+    if (fetched < chain.count) enter();
+  };
   uint32_t slot = 0;
   auto fetch = [&] {
     if (fetched < chain.count) {
       const Problem& p = chain.problems[fetched];
-      const int unit = ahead.step * kWarps + warp;
-      const int column = ((ahead.rank + ahead.segment) * p.segment_units + unit) * kUnit + piece * 8;
-      const bool inside = unit < p.segment_units && column < p.in;
-      const int begin = ahead.row(p), end = ahead.end(p);
-      const T* weight = static_cast<const T*>(p.weight);
-      const T* source = weight + (int64_t)(begin + lane_row) * p.in + column;
-      const int64_t upper = (int64_t)p.in * (p.swiglu ? p.out : 8);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int row = lane_row + (i & 1) * 4 + (p.swiglu ? 0 : (i / 2) * 8);
-        const bool valid = inside && begin + row < end;
-        const T* place = source + (i & 1) * 4 * (int64_t)p.in + (i / 2) * upper;
-        copy_async(ring + slot + put + i * 512, valid ? place : weight, valid);
-      }
+      const int rows_here = column < limit ? min(p.tile_rows, ahead.last - row_ahead) : 0;
+      copy_async(ring + slot + put, source, lane_row < rows_here);
+      copy_async(ring + slot + put + 512, source + four_rows, lane_row + 4 < rows_here);
+      copy_async(ring + slot + put + 1024, source + upper, lane_row + upper_row < rows_here);
+      copy_async(ring + slot + put + 1536, source + upper + four_rows, lane_row + upper_row + 4 < rows_here);
+      source += kWarps * kUnit * 2;
+      column += kWarps * kUnit;
+      const int block = ahead.block, segment = ahead.segment, tile = ahead.tile;
       ahead.next(p);
-      while (ahead.done()) {
-        stamp(p, 6);
-        if (++fetched == chain.count) {
-          if (chain.after != nullptr && threadIdx.x == 0) {
-            constexpr int kChunk = 8192;
-            for (int64_t at = (int64_t)blockIdx.x * kChunk; at < chain.after_bytes; at += (int64_t)gridDim.x * kChunk) {
-              prefetch_into_l2(chain.after + at, (int)(chain.after_bytes - at < kChunk ? chain.after_bytes - at : kChunk));
+      if (ahead.tile > tile) {
+        row_ahead += p.tile_rows;
+        column = first_column;
+        source += (int32_t)tile_jump;
+      } else if (ahead.step == 0) {
+        if (ahead.done()) {
+          stamp(p, 6);
+          enter_problem();
+          if (fetched == chain.count) {
+            if (chain.after != nullptr && threadIdx.x == 0) {
+              constexpr int kChunk = 8192;
+              for (int64_t at = (int64_t)blockIdx.x * kChunk; at < chain.after_bytes; at += (int64_t)gridDim.x * kChunk) {
+                prefetch_into_l2(chain.after + at, (int)min(chain.after_bytes - at, (int64_t)kChunk));
+              }
             }
+            if (!chain.problems[0].early) let_successor_start();
           }
-          if (!chain.problems[0].early) let_successor_start();
-          break;
+        } else if (ahead.segment != segment || ahead.block != block) {
+          enter();
         }
-        ahead.start(chain.problems[fetched]);
       }
     }
     commit_copies();
     slot = slot + kUnitBytes == kDepth * kUnitBytes ? 0 : slot + kUnitBytes;
   };
-  while (ahead.done() && ++fetched < chain.count) ahead.start(chain.problems[fetched]);
+  enter_problem();
 #pragma unroll 1
   for (int i = 0; i < kDepth; ++i) fetch();
   // `slot` has come round: it is the oldest unit's, and the next one's to fill once that is used up.
@@ -303,15 +348,8 @@ __global__ void __launch_bounds__(kThreads, kDepth > 6 ? 1 : 2) skinny_linear_ke
     __syncthreads();
     if (threadIdx.x == 0) before = arrive_at_grid();
   }
-  // The norm's weight waits where sums of segments would be kept, if there is only one segment.
   const T* norm_weight = static_cast<const T*>(p.norm_weight);
-  const T* near_norm_weight = reinterpret_cast<const T*>(kept);
-  if (norm_weight != nullptr && p.segments == 1) {
-    for (int i = threadIdx.x * 8; i < p.in; i += kThreads * 8) {
-      *reinterpret_cast<uint4*>(shared + L::kRing + L::kSums + i * 2) =
-          __ldg(reinterpret_cast<const uint4*>(norm_weight + i));
-    }
-  }
+  const char* near_norm = norms + problem / 2 * L::kNorm + warp * kSteps * kUnit * 2;
   stamp(p, 1);
   if (problem == 0) {
     wait_for_predecessor();
@@ -346,11 +384,12 @@ __global__ void __launch_bounds__(kThreads, kDepth > 6 ? 1 : 2) skinny_linear_ke
   auto load_x = [&](int segment) {
     const T* x = static_cast<const T*>(p.x);
     const T* residual = static_cast<const T*>(p.residual);
+    const int start = (segment * p.segment_units + warp) * kUnit + quad * 8;
+    const int end = min((segment + 1) * p.segment_units * kUnit, p.in);
     auto fits = [&](int half, int step, int i, int64_t& at) {
-      const int unit = step * kWarps + warp, row = half * 8 + group;
-      const int column = (segment * p.segment_units + unit) * kUnit + (quad + 4 * i) * 8;
-      at = (int64_t)row * p.in + column;
-      return row < p.rows && unit < p.segment_units && column < p.in;
+      const int offset = step * kWarps * kUnit + i * 32;
+      at = (int64_t)(half * 8 + group) * p.in + start + offset;
+      return half * 8 + group < p.rows && start + offset < end;
     };
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
@@ -405,8 +444,9 @@ __global__ void __launch_bounds__(kThreads, kDepth > 6 ? 1 : 2) skinny_linear_ke
         const int unit = step * kWarps + warp;
         const int column = (segment * p.segment_units + unit) * kUnit + (quad + 4 * i) * 8;
         if (unit < p.segment_units && column < p.in) {
-          const uint4 w = p.segments == 1 ? *reinterpret_cast<const uint4*>(near_norm_weight + column)
-                                          : __ldg(reinterpret_cast<const uint4*>(norm_weight + column));
+          const uint4 w = p.segments == 1
+                              ? *reinterpret_cast<const uint4*>(near_norm + step * kUnit * 2 + (quad + 4 * i) * 16)
+                              : __ldg(reinterpret_cast<const uint4*>(norm_weight + column));
 #pragma unroll
           for (int half = 0; half < kHalves; ++half) {
             held[half][step][i] = scale4<T>(held[half][step][i], scale[half], w);
@@ -417,6 +457,7 @@ __global__ void __launch_bounds__(kThreads, kDepth > 6 ? 1 : 2) skinny_linear_ke
   };
   if (norm_weight != nullptr) {
     float square[kHalves] = {};
+    #pragma unroll 1
     for (int segment = 0; segment < p.segments; ++segment) {
       load_x(segment);
 #pragma unroll
@@ -451,6 +492,8 @@ __global__ void __launch_bounds__(kThreads, kDepth > 6 ? 1 : 2) skinny_linear_ke
       for (int w = 0; w < kWarps; ++w) total += squares[(half * 8 + group) * kWarps + w];
       scale[half] = rsqrtf(total / p.in + p.eps);
     }
+    wait_copies<kDepth - 1>();  // the norm's weight came with the first unit
+    __syncwarp();
     stamp(p, 3);
   }
 
