@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import partial
 from hashlib import blake2b
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from cuda_ext.prefill_attention import choose_backend
+from ember_ray.engine.aborts import Aborts
 from ember_ray.engine.block_pool import BlockPool
 from ember_ray.engine.cuda_runner import CudaRunner
 from ember_ray.engine.eager_runner import EagerRunner
@@ -71,6 +72,12 @@ class Runner(Protocol):
         """A rollout has ended, well or not."""
 
 
+def _logits(model: StageModel, residual: Tensor) -> Tensor:
+    return model.logits(model.final_norm(residual))
+
+
+# Nothing that a StageEngine holds may refer to it: an engine that is let go must free its GPU's memory at once, not
+# when Python looks for cycles.
 class StageEngine:
     """See the module's text.
 
@@ -143,25 +150,24 @@ class StageEngine:
             options.num_scheduler_steps if ahead else 1,
             mixed=not ahead,
         )
+        self._aborts = Aborts()
         self._runner: Runner
         if ahead:
             assert self._stop_check is not None
             self._runner = CudaRunner(
-                options, self.model, self._slots, self.kv_cache, self._stop_check, self._take_aborts,
+                options, self.model, self._slots, self.kv_cache, self._stop_check, self._aborts.take,
                 self.prefill_backend,
             )  # fmt: skip
         else:
             self._runner = EagerRunner(
-                options, self.model, self._slots, self.kv_cache, self._stop_check, self._take_aborts, transport,
+                options, self.model, self._slots, self.kv_cache, self._stop_check, self._aborts.take, transport,
                 self.num_lanes, self.prefill_backend,
             )  # fmt: skip
         self._scorer = Scorer(
             self.scheduler.pool, options.block_size, options.max_num_batched_tokens, self.max_model_len,
-            config.vocab_size, options.device, self._runner.forward, self._logits if self.is_last else None,
+            config.vocab_size, options.device, self._runner.forward,
+            partial(_logits, self.model) if self.is_last else None,
         )  # fmt: skip
-        self._numbers: dict[str, int] = {}
-        self._aborts: list[str] = []
-        self._lock = threading.Lock()
         self._is_rolling_out = False
         self._requests_seen = 0
         self._steps = 0
@@ -215,9 +221,8 @@ class StageEngine:
             raise RuntimeError("this stage is in a rollout already; one batch at a time")
         seeds = [self._seed(request) for request in requests]
         self.scheduler.add(requests, seeds, self.policy_version)
-        self._numbers = {request.request_id: number for number, request in enumerate(requests)}
-        with self._lock:
-            self._is_rolling_out = True
+        self._aborts.begin(request.request_id for request in requests)
+        self._is_rolling_out = True
         try:
             yield from self._loop()
             self.transport.flush()
@@ -229,9 +234,8 @@ class StageEngine:
             try:
                 self._runner.end()
             finally:
-                with self._lock:
-                    self._is_rolling_out = False
-                    self._aborts.clear()
+                self._aborts.end()
+                self._is_rolling_out = False
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
         """Log-probabilities of given tokens under the active policy; to be run by all stages with the same rows.
@@ -247,7 +251,6 @@ class StageEngine:
         """
         if self._is_rolling_out:
             raise RuntimeError("this stage is in a rollout; score before or after it")
-        self._numbers = {}
         scores = self._scorer.score(requests, self.policy_version)
         self.transport.flush()
         return scores
@@ -258,9 +261,7 @@ class StageEngine:
         Between batches, and for a request that is not in the batch or has ended, it does nothing: a later batch may
         use the same id.
         """
-        with self._lock:
-            if self._is_rolling_out and request_id not in self._aborts:
-                self._aborts.append(request_id)
+        self._aborts.note(request_id)
 
     @property
     def implementation(self) -> dict[str, str]:
@@ -307,9 +308,6 @@ class StageEngine:
         self._requests_seen += 1
         return (seed + 2**63) % 2**64 - 2**63
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return self.model.logits(self.model.final_norm(hidden))
-
     def _loop(self) -> Iterator[list[Candidate]]:
         in_flight: list[deque[Any]] = [deque() for _ in range(self.num_lanes)]
         while self.scheduler.has_work or any(in_flight):
@@ -335,13 +333,6 @@ class StageEngine:
         self._steps += plan.num_steps
         self._prefill_tokens += plan.num_tokens - len(plan.decodes)
         return self._runner.run(plan)
-
-    def _take_aborts(self, most: int) -> list[int]:
-        with self._lock:
-            known = [self._numbers[name] for name in self._aborts if name in self._numbers]
-            taken = known[:most]
-            self._aborts = [name for name in self._aborts if name in self._numbers and self._numbers[name] not in taken]
-        return taken
 
     def _finish(self, pending: Any) -> list[Candidate]:
         result = self._runner.collect(pending)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +288,19 @@ def test_a_rollout_left_half_way_leaves_a_clean_engine(folder: Path) -> None:
     rollout.close()
     assert llm.engine.counters()["kv_blocks_used"] == 0
     assert tokens(llm.generate(prompts, 2, FREE)) == tokens(engine(folder).generate(prompts, 2, FREE))
+
+
+def test_an_engine_that_is_let_go_frees_its_memory_at_once(folder: Path) -> None:
+    llm = engine(folder)
+    llm.generate(random_prompts([20]), 2, FREE)
+    llm.score(random_prompts([20]))
+    memory = weakref.ref(llm.engine.kv_cache), weakref.ref(llm.engine.model)
+    gc.disable()
+    try:
+        del llm
+        assert all(one() is None for one in memory), "something of it refers to itself"
+    finally:
+        gc.enable()
 
 
 def test_a_gpu_that_is_not_the_current_one_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
