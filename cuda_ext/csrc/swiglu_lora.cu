@@ -5,6 +5,8 @@
 namespace ember {
 
 constexpr int kSwigluLoraRank = 64;  // all ranks of a row's `left` are in registers at once
+template <int kSteps>
+constexpr int kSwigluLoraBlocks = kSteps == 1 ? 5 : 3;  // a multiprocessor, where shared memory has room
 
 template <class T>
 struct SwigluLora {
@@ -18,8 +20,8 @@ __device__ __forceinline__ float fast_silu(float gate) { return __fdividef(gate,
 
 // Eight values of a row with LoRA added, rounded as lora_expand does.
 template <class Tile, class T, int kUnits>
-__device__ __forceinline__ Vector<T, 8> expanded(const Tile& tile, const float (&sum)[kUnits][4][4], int stage, int unit,
-                                                 int half, T) {
+__device__ __forceinline__ Vector<T, 8> expanded(const Tile& tile, const float (&sum)[kUnits][4][4], int stage,
+                                                 int unit, int half, T) {
   const auto before = load_vector<8>(tile.piece(stage, unit, half));
   if (tile.op.rank == 0) return before;
   auto floats = unpack(before);
@@ -31,7 +33,7 @@ __device__ __forceinline__ Vector<T, 8> expanded(const Tile& tile, const float (
 // blockIdx.x: a tile of columns of both halves; blockIdx.y: a chunk of tokens. While one half is computed, what it
 // takes of `down` for the other is on its way.
 template <class T, int kUnits, int kSteps>
-__global__ void __launch_bounds__(kLowRankThreads, kSteps == 1 ? 5 : 3)
+__global__ void __launch_bounds__(kLowRankThreads, kSwigluLoraBlocks<kSteps>)
     swiglu_lora_kernel(const SwigluLora<T> op) {
   using Tile = LowRankTile<T, kUnits, kSteps, false, true>;
   extern __shared__ __align__(16) unsigned char shared[];
@@ -98,7 +100,8 @@ int launch_swiglu_lora(SwigluLora<T> op, cudaStream_t stream) {
   op.up_offset = Tile::shared_bytes(op.gate.rank);
   const int64_t shared_bytes = op.up_offset + Tile::shared_bytes(op.up.rank);
   // As many chunks as the multiprocessors hold blocks at once, and not one more: it would be a second wave.
-  const int64_t by_memory = device_info().shared_bytes / (shared_bytes + 1024), most = kSteps == 1 ? 5 : 3;
+  // Beside its own memory a block takes 1 KiB.
+  const int64_t by_memory = device_info().shared_bytes / (shared_bytes + 1024), most = kSwigluLoraBlocks<kSteps>;
   const int64_t blocks = device_info().multiprocessors * (by_memory < most ? by_memory : most);
   const int64_t chunks = blocks > tiles ? blocks / tiles : 1;
   op.chunk = round_up(ceil_div(op.gate.rows, chunks), Tile::kRows);
