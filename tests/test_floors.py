@@ -64,10 +64,11 @@ def test_a_planted_import_is_caught(tmp_path: Path, package: str, line: str, bro
 def test_what_a_package_loads(package: str, absent: tuple[str, ...]) -> None:
     """Imports every module of a package in a fresh process, and looks at what came along (also by other packages)."""
     code = f"""
-import importlib, pkgutil, sys
+import importlib.util, pkgutil, sys
 import {package}
 for module in pkgutil.walk_packages({package}.__path__, "{package}."):
-    importlib.import_module(module.name)
+    if importlib.util.find_spec(module.name).origin.endswith(".py"):  # the CUDA library lies there, too, once built
+        importlib.import_module(module.name)
 print(sorted(set({absent!r}) & set(sys.modules)))
 """
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
