@@ -245,10 +245,10 @@ class CudaRunner:
         def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
             return group_decode_attention(q, k_cache, v_cache, groups, self._scale)
 
-        logits = self._model.step_logits(
+        x, residual = self._model.run_layers(
             self._model.embed(token_ids), positions, kv_slots, self._kv_cache, attention, self._adapters.active
         )
-        drawn = sample_rows(logits, None, params, state)
+        drawn = sample_rows(self._model.head(x, residual), None, params, state)
         append_tokens(*drawn, params, state, self._outputs)
 
     def _prepare(self, plan: StepPlan) -> tuple[int, int]:

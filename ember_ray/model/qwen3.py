@@ -17,13 +17,7 @@ from cuda_ext.decode_state import embed
 from cuda_ext.lora import FusedLora, lora_linear
 from cuda_ext.rms_norm import add_rms_norm, rms_norm
 from cuda_ext.rope import qk_norm_rope_write, rope_table
-from cuda_ext.skinny_linear import (
-    between_attentions,
-    can_skinny,
-    norm_linear,
-    norm_linear_swiglu,
-    skinny_linear,
-)
+from cuda_ext.skinny_linear import can_skinny, norm_linear, norm_linear_swiglu, skinny_linear
 from cuda_ext.swiglu import swiglu
 from cuda_ext.swiglu_lora import swiglu_lora
 from ember_ray.model.checkpoint import Checkpoint
@@ -229,38 +223,6 @@ class StageModel:
         """As :meth:`run_layers`; returns the residual stream [tokens, hidden] behind the last layer of the stage."""
         x, residual = self.run_layers(hidden, positions, slots, kv_cache, attention, lora)
         return residual + x
-
-    def step_logits(
-        self,
-        hidden: Tensor,
-        positions: Tensor,
-        slots: Tensor,
-        kv_cache: Tensor,
-        attention: Attention,
-        lora: dict[int, LayerLora],
-    ) -> Tensor:
-        """Logits [rows, vocab] of a decode step, one token a row, on a stage that has the whole model.
-
-        As :meth:`run_layers` and :meth:`head`; for few rows without adapters all products from one attention to the
-        next are one launch.
-        """
-        assert self.lm_head is not None and self.norm is not None
-        if lora or self.config.attention_bias or not can_skinny(hidden, self.lm_head):
-            return self.head(*self.run_layers(hidden, positions, slots, kv_cache, attention, lora))
-        eps = self.config.rms_norm_eps
-        following = [(layer.input_norm, layer.weights["qkv_proj"]) for layer in self.decoder_layers[1:]]
-        following.append((self.norm, self.lm_head))
-        y, residual = self.decoder_layers[0].qkv(hidden, None, {})
-        for place, (layer, (norm, weight)) in enumerate(zip(self.decoder_layers, following, strict=True)):
-            k_cache, v_cache = kv_cache[place].unbind(0)
-            q = qk_norm_rope_write(y, layer.q_norm, layer.k_norm, eps, self.rope, positions, k_cache, v_cache, slots)
-            attended = attention(q, k_cache, v_cache).flatten(1)
-            weights = layer.weights
-            y, residual = between_attentions(
-                attended, residual, weights["o_proj"], layer.post_attention_norm, eps, weights["gate_up_proj"],
-                weights["down_proj"], norm, weight,
-            )  # fmt: skip
-        return y
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """[rows, hidden] -> [rows, hidden]. Last stage only."""

@@ -212,19 +212,6 @@ def test_generated_tokens_score_as_they_were_drawn(folders: dict, dtype: str) ->
             assert (mine - want).abs().median() < 0.03
 
 
-def test_products_chained_in_one_launch_change_no_bit(folders: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, _ = folders["dim128"]
-    batch = requests(2, [40, 17, 300])
-    chained = rollout(engine(folder, dtype="bfloat16"), batch)
-    apart = engine(folder, dtype="bfloat16")
-    model = apart.model
-    monkeypatch.setattr(model, "step_logits", lambda *args: model.head(*model.run_layers(*args)))
-    found = rollout(apart, batch)
-    assert {n: (c.token_ids, c.logprobs) for n, c in found.items()} == {
-        n: (c.token_ids, c.logprobs) for n, c in chained.items()
-    }
-
-
 def test_candidates_end_where_the_host_would_end_them(folders: dict) -> None:
     folder, _ = folders["dim16"]
     host, device = engine(folder, poison=False, device="cpu"), engine(folder)
