@@ -11,7 +11,7 @@ from cuda_ext.library import launch
 from cuda_ext.lora import FusedLora
 
 
-def rebuild_weight(live: Tensor, golden: Tensor, lora: FusedLora | None) -> None:
+def rebuild_weight(live: Tensor, golden: Tensor, lora: FusedLora | None, *, more: bool = False) -> None:
     """``live = golden + s B A`` (Hu et al. 2021, section 4.1), B and A per projection of a fused weight, in place.
 
     Rows that no part covers, or all where there is no adapter, become golden's to the bit. On the GPU all parts are
@@ -21,6 +21,8 @@ def rebuild_weight(live: Tensor, golden: Tensor, lora: FusedLora | None) -> None
         live: [out, in], contiguous; overwritten.
         golden: [out, in], contiguous, in live's dtype and no part of its memory.
         lora: the adapter of this fused layer, in live's dtype.
+        more: promises that the next work on this stream is a rebuild of another weight, which may then start early on
+            the GPU; nothing else may, because kernels read weights before their predecessor has ended.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, or golden is live itself.
@@ -50,7 +52,10 @@ def rebuild_weight(live: Tensor, golden: Tensor, lora: FusedLora | None) -> None
     if not lora.a.is_contiguous():
         raise ValueError("rebuild_weight: A must be contiguous")
     rows, columns = live.shape
-    launch("rebuild_weight", live, golden, rows, columns, lora.a, lora.part_structs, len(lora.parts), live.dtype)
+    launch(
+        "rebuild_weight",
+        *(live, golden, rows, columns, lora.a, lora.part_structs, len(lora.parts), int(more), live.dtype),
+    )
 
 
 def rebuild_weight_reference(live: Tensor, golden: Tensor, lora: FusedLora | None) -> None:

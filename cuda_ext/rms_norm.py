@@ -21,7 +21,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     if not x.is_cuda:
         return rms_norm_reference(x, weight, eps)
-    normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    normed = torch.empty_like(x, memory_format=torch.contiguous_format)
     _launch(x.flatten(0, -2) if x.dim() > 2 else x.view(1, -1) if x.dim() == 1 else x, None, weight, eps, normed, None)
     return normed
 
@@ -46,7 +46,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     """
     if not x.is_cuda:
         return add_rms_norm_reference(x, residual, weight, eps)
-    normed, summed = x.new_empty(x.shape), x.new_empty(x.shape)
+    normed = torch.empty_like(x, memory_format=torch.contiguous_format)
+    summed = torch.empty_like(normed)
     _launch(x, residual, weight, eps, normed, summed)
     return normed, summed
 

@@ -15,7 +15,7 @@ struct LoraExpand {
 
 // blockIdx.x: a tile of columns of one part; blockIdx.y: a chunk of tokens.
 template <class T, int kUnits, int kSteps, bool kWhole>
-__global__ void __launch_bounds__(kLowRankThreads, 4) lora_expand_kernel(const LoraExpand<T> op) {
+__global__ void __launch_bounds__(kLowRankThreads, kLowRankBlocks) lora_expand_kernel(const LoraExpand<T> op) {
   using Tile = LowRankTile<T, kUnits, kSteps, false, kWhole>;
   extern __shared__ __align__(16) unsigned char shared[];
   int64_t tile_index = blockIdx.x;
@@ -39,13 +39,14 @@ __global__ void __launch_bounds__(kLowRankThreads, 4) lora_expand_kernel(const L
   low_rank.rank = (int)part.rank;
   low_rank.scale = (float)part.scale;
   low_rank.right_whole = aligned(low_rank.right, part.rank);
-  low_rank.left_pairs = aligned(low_rank.left, op.down_stride, 2 * sizeof(T)) && part.rank % 2 == 0;
-  const Tile tile{low_rank, (T*)shared, tile_index * Tile::kColumns};
+  low_rank.left_fours = aligned(low_rank.left, op.down_stride, 4 * sizeof(T)) && part.rank % 4 == 0;
+  const Tile tile{low_rank, shared, tile_index * Tile::kColumns};
+  const int64_t first = blockIdx.y * op.chunk, end = first + op.chunk, last = end < op.tokens ? end : op.tokens;
   tile.stage();  // B does not change while the model runs
   wait_for_predecessor();
   let_successor_start();
-  const int64_t first = blockIdx.y * op.chunk, last = first + op.chunk;
-  low_rank_rows(tile, first, last < op.tokens ? last : op.tokens);
+  tile.begin(first, last);
+  tile.walk(first, last);
 }
 
 template <class T, int kUnits, int kSteps, bool kWhole>
@@ -80,7 +81,7 @@ EMBER_API int ember_lora_expand(void* y, int64_t y_stride, int64_t tokens, const
     if constexpr (sizeof(scalar) == 2) {
       // Few rows want many blocks; of a high rank only a narrow tile fits into shared memory.
       if (tokens > 64 && max_rank <= 16) return launch_lora_expand<scalar, 2, 1, true>(op, max_rank, stream);
-      if (tokens > 64 && max_rank <= 64) return launch_lora_expand<scalar, 2, 2, true>(op, max_rank, stream);
+      if (tokens > 64 && max_rank <= 64) return launch_lora_expand<scalar, 2, 4, true>(op, max_rank, stream);
       if (max_rank > 16) return launch_lora_expand<scalar, 1, 4, true>(op, max_rank, stream);
     }
     return launch_lora_expand<scalar, 1, 1, true>(op, max_rank, stream);

@@ -2,7 +2,7 @@
 //
 // LoRA's two kernels are this: the expansion beside a linear layer (in = out = y, left = x A^T, right = B^T) and the
 // rebuild of a weight (in = golden, left = B, right = A). Reading `in` and writing `out` is the work, so a block keeps
-// its tile of `right` in shared memory, walks down the rows and loads the next rows of `in` before it finishes these.
+// its tile of `right` in shared memory and walks down the rows, with the next rows of `in` on their way to shared memory.
 // Products are summed over the rank in one fixed order in float32 and rounded once.
 #pragma once
 
@@ -11,6 +11,7 @@
 namespace ember {
 
 constexpr int kLowRankThreads = 128;
+constexpr int kLowRankBlocks = 5;  // a multiprocessor
 constexpr int kMaxRank = 256;
 
 template <class T>
@@ -26,7 +27,7 @@ struct LowRank {
   int rank;  // 0: out = in, to the bit
   float scale;
   bool right_whole;  // rows of right are whole 16-byte pieces
-  bool left_pairs;   // rows of left are whole pairs of elements
+  bool left_fours;   // rows of left are whole pieces of four elements
 };
 
 // One projection of a fused layer as cuda_ext/lora.py hands it over.
@@ -75,6 +76,19 @@ __device__ __forceinline__ void multiply_add(float (&sum)[4], const uint32_t (&a
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Asynchronous copies of 16 bytes that only the thread that began them reads, so no barrier is needed; `some` false
+// fills with zeros.
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool some) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from),
+               "r"(some ? 16 : 0)
+               : "memory");
+}
+__device__ __forceinline__ void end_copy_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kLeft>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+}
+
 template <bool kTransposed>
 __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row) {
   const uint32_t from = (uint32_t)__cvta_generic_to_shared(row);
@@ -91,72 +105,118 @@ __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row
 
 // 16-bit types: a warp multiplies 16 rows by kUnits * 32 columns with mma.m16n8k16. In its fragment a thread t = lane % 4
 // of row g = lane / 4 holds columns 2t and 2t + 1 of each tile of 8. Tile j of a unit is given the columns 8i + 2j and
-// 8i + 2j + 1 (i = 0..3), so that the four tiles leave a thread with the eight adjacent columns 8t..8t+7: 16 bytes.
+// 8i + 2j + 1 (i = 0..3), so that the four tiles leave a thread with the eight adjacent columns 8t..8t+7: 16 bytes. A
+// sum does not mind the order of its terms, so a thread's ranks, 2t, 2t + 1, 2t + 8 and 2t + 9, are given to the
+// adjacent ranks 4t..4t+3 likewise (rank_place).
 // kWhole: rows of in and out are whole 16-byte pieces. kSteps: steps of 16 ranks whose `left` is loaded at once.
 template <class T, int kUnits, int kSteps, bool kRightByRank, bool kWhole>
 struct LowRankTile {
   static constexpr int kRows = 16;
   static constexpr int kColumns = kLowRankThreads * kUnits;
-  static constexpr int kPad = 8;  // rows of shared memory begin in different banks
+  static constexpr int kPad = 8;     // rows of shared memory begin in different banks
+  static constexpr int kStages = 4;  // pieces of `in` on their way
+  static constexpr int kPieces = kWhole ? kStages * kUnits * 2 : 0;
 
   static __host__ __device__ int depth_of(int rank) { return (rank + 15) / 16 * 16; }
   static int64_t shared_bytes(int rank) {
-    const int64_t depth = depth_of(rank);
-    return (kRightByRank ? depth * (kColumns + kPad) : kColumns * (depth + kPad)) * (int64_t)sizeof(T);
+    const int64_t depth = depth_of(rank), right = kRightByRank ? depth * (kColumns + kPad) : kColumns * (depth + kPad);
+    return (int64_t)kPieces * kLowRankThreads * 16 + right * (int64_t)sizeof(T);
   }
 
-  struct Piece {
-    Vector<T, 8> in[kUnits][2];  // rows g and g + 8
+  struct Left {
+    uint32_t words[kSteps][4];
   };
 
   const LowRank<T>& op;
-  T* shared;
+  unsigned char* memory;  // pieces of `in`, then the tile of `right`
   const int64_t column0;
+  T* const shared = (T*)(memory + kPieces * kLowRankThreads * 16);
   const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * 32 * kUnits;
 
   __device__ __forceinline__ Vector<T, 8> right_eight(const T* row, int64_t at, int64_t limit) const {
     return op.right_whole ? load_eight<true>(row, at, limit) : load_eight<false>(row, at, limit);
   }
 
+  static __device__ __forceinline__ int rank_place(int k) { return k / 16 * 16 + k % 4 / 2 * 8 + k % 16 / 4 * 2 + k % 2; }
+
   __device__ __forceinline__ void stage() const {
     const int depth = depth_of(op.rank);
     if (kRightByRank) {
+#pragma unroll 4
       for (int i = threadIdx.x; i < depth * (kColumns / 8); i += kLowRankThreads) {
         const int k = i / (kColumns / 8), c = i % (kColumns / 8) * 8;
         const auto eight = right_eight(op.right + k * op.right_stride, column0 + c, k < op.rank ? op.columns : 0);
-        T* to = shared + k * (kColumns + kPad) + c / 32 * 32 + c % 32 / 4;
+        T* to = shared + rank_place(k) * (kColumns + kPad) + c / 32 * 32 + c % 32 / 4;
 #pragma unroll
         for (int j = 0; j < 4; j++) *reinterpret_cast<uint32_t*>(to + j * 8) = eight.words[j];
       }
     } else {
-      for (int i = threadIdx.x; i < kColumns * (depth / 8); i += kLowRankThreads) {
-        const int c = i / (depth / 8), k = i % (depth / 8) * 8;
-        const int64_t limit = column0 + c < op.columns ? op.rank : 0;
-        const auto eight = right_eight(op.right + (column0 + c) * op.right_stride, k, limit);
-        const int to = c / 32 * 32 + c % 8 / 2 * 8 + c % 32 / 8 * 2 + c % 2;
-        *reinterpret_cast<uint4*>(shared + to * (depth + kPad) + k) =
-            make_uint4(eight.words[0], eight.words[1], eight.words[2], eight.words[3]);
+#pragma unroll 2
+      for (int k = threadIdx.x % 2 * 8; k < depth; k += 16) {
+#pragma unroll
+        for (int c = threadIdx.x / 2; c < kColumns; c += kLowRankThreads / 2) {
+          const int64_t limit = column0 + c < op.columns ? op.rank : 0;
+          const auto eight = right_eight(op.right + (column0 + c) * op.right_stride, k, limit);
+          const int row = c / 32 * 32 + c % 8 / 2 * 8 + c % 32 / 8 * 2 + c % 2;
+#pragma unroll
+          for (int j = 0; j < 4; j++) {
+            *reinterpret_cast<uint32_t*>(shared + row * (depth + kPad) + rank_place(k + 2 * j)) = eight.words[j];
+          }
+        }
       }
     }
   }
 
-  __device__ __forceinline__ uint32_t left_pair(int64_t row, int k) const {
-    if (row >= op.rows || k >= op.rank) return 0;
+  // Ranks k..k+3 of a row.
+  __device__ __forceinline__ Vector<T, 4> left_four(int64_t row, int k) const {
+    if (row >= op.rows || k >= op.rank) return {};
     const T* from = op.left + row * op.left_stride + k;
-    if (op.left_pairs) return load_vector<2>(from).words[0];
-    const float two[2] = {to_float(from[0]), k + 1 < op.rank ? to_float(from[1]) : 0.0f};
-    return Word<T>::pack(two);
+    if (op.left_fours) return load_vector<4>(from);
+    Floats<T, 4> four;
+#pragma unroll
+    for (int i = 0; i < 4; i++) four[i] = k + i < op.rank ? to_float(from[i]) : 0.0f;
+    return pack<T, 4>(four);
   }
 
-  __device__ __forceinline__ void load(Piece& piece, int64_t row0) const {
+  __device__ __forceinline__ void load_left(Left& left, int64_t row0, int group) const {
 #pragma unroll
-    for (int unit = 0; unit < kUnits; unit++) {
+    for (int step = 0; step < kSteps; step++) {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        const int64_t row = row0 + lane / 4 + half * 8, column = column0 + first + unit * 32 + lane % 4 * 8;
-        piece.in[unit][half] = load_eight<kWhole>(op.in + row * op.in_stride, column, row < op.rows ? op.columns : 0);
+        const auto four = left_four(row0 + lane / 4 + half * 8, (group * kSteps + step) * 16 + lane % 4 * 4);
+        left.words[step][half] = four.words[0];
+        left.words[step][half + 2] = four.words[1];
       }
     }
+  }
+
+  __device__ __forceinline__ T* piece(int stage, int unit, int half) const {
+    return (T*)(memory + ((stage * kUnits + unit) * 2 + half) * kLowRankThreads * 16 + threadIdx.x * 16);
+  }
+  __device__ __forceinline__ int64_t row_of(int64_t row0, int half) const { return row0 + lane / 4 + half * 8; }
+  __device__ __forceinline__ int64_t column_of(int unit) const { return column0 + first + unit * 32 + lane % 4 * 8; }
+
+  // Sends for the rows from row0 on, if they lie before last_row; an empty group counts too.
+  __device__ __forceinline__ void fetch(int64_t row0, int64_t last_row, int stage) const {
+    if constexpr (kWhole) {
+      if (row0 < last_row) {
+#pragma unroll
+        for (int unit = 0; unit < kUnits; unit++) {
+#pragma unroll
+          for (int half = 0; half < 2; half++) {
+            const bool inside = row_of(row0, half) < op.rows && column_of(unit) < op.columns;
+            const T* from = inside ? op.in + row_of(row0, half) * op.in_stride + column_of(unit) : op.in;
+            copy_async(piece(stage, unit, half), from, inside);
+          }
+        }
+      }
+      end_copy_group();
+    }
+  }
+
+  __device__ __forceinline__ void begin(int64_t first_row, int64_t last_row) const {
+#pragma unroll
+    for (int stage = 0; stage < kStages; stage++) fetch(first_row + stage * kRows, last_row, stage);
   }
 
   // Fragments of two tiles (2 * pair and the next) of 8 columns and 16 ranks.
@@ -170,48 +230,66 @@ struct LowRankTile {
     }
   }
 
-  __device__ __forceinline__ void finish(const Piece& piece, int64_t row0) const {
-    float sum[kUnits][4][4] = {};
-    const int depth = depth_of(op.rank);
-    for (int step0 = 0; step0 < depth / 16; step0 += kSteps) {
-      uint32_t left[kSteps][4];
+  __device__ __forceinline__ void multiply(float (&sum)[kUnits][4][4], const Left& left, int group, int depth) const {
 #pragma unroll
-      for (int step = 0; step < kSteps; step++) {
+    for (int i = 0; i < kSteps; i++) {
+      const int step = group * kSteps + i;
+      if (step * 16 >= depth) break;
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-          const int k = (step0 + step) * 16 + i / 2 * 8 + lane % 4 * 2;
-          left[step][i] = left_pair(row0 + lane / 4 + i % 2 * 8, k);
-        }
-      }
+      for (int unit = 0; unit < kUnits; unit++) {
 #pragma unroll
-      for (int step = 0; step < kSteps; step++) {
-        if ((step0 + step) * 16 >= depth) break;
-#pragma unroll
-        for (int unit = 0; unit < kUnits; unit++) {
-#pragma unroll
-          for (int pair = 0; pair < 2; pair++) {
-            uint32_t right[4];
-            load_right(right, step0 + step, unit, pair, depth);
-            multiply_add(sum[unit][2 * pair], left[step], right[0], right[1], T{});
-            multiply_add(sum[unit][2 * pair + 1], left[step], right[2], right[3], T{});
-          }
+        for (int pair = 0; pair < 2; pair++) {
+          uint32_t right[4];
+          load_right(right, step, unit, pair, depth);
+          multiply_add(sum[unit][2 * pair], left.words[i], right[0], right[1], T{});
+          multiply_add(sum[unit][2 * pair + 1], left.words[i], right[2], right[3], T{});
         }
       }
     }
+  }
+
+  __device__ __forceinline__ void finish(const float (&sum)[kUnits][4][4], int64_t row0, int stage) const {
 #pragma unroll
     for (int unit = 0; unit < kUnits; unit++) {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        const int64_t row = row0 + lane / 4 + half * 8, column = column0 + first + unit * 32 + lane % 4 * 8;
-        Vector<T, 8> result = piece.in[unit][half];
+        const int64_t row = row_of(row0, half), limit = row < op.rows ? op.columns : 0;
+        Vector<T, 8> result;
+        if constexpr (kWhole) {
+          result = load_vector<8>(piece(stage, unit, half));
+        } else {
+          result = load_eight<false>(op.in + row * op.in_stride, column_of(unit), limit);
+        }
         if (op.rank > 0) {
           auto floats = unpack(result);
 #pragma unroll
           for (int i = 0; i < 8; i++) floats[i] += op.scale * sum[unit][i / 2][half * 2 + i % 2];
           result = pack<T, 8>(floats);
         }
-        store_eight<kWhole>(op.out + row * op.out_stride, column, row < op.rows ? op.columns : 0, result);
+        store_eight<kWhole>(op.out + row * op.out_stride, column_of(unit), limit, result);
       }
+    }
+  }
+
+  // After begin() and stage(): the rows from first_row to last_row.
+  __device__ __forceinline__ void walk(int64_t first_row, int64_t last_row) const {
+    const int depth = depth_of(op.rank), groups = (depth / 16 + kSteps - 1) / kSteps;
+    Left next;
+    load_left(next, first_row, 0);
+    __syncthreads();  // what all have staged
+    int stage = 0;
+    for (int64_t row = first_row; row < last_row; row += kRows) {
+      float sum[kUnits][4][4] = {};
+      for (int group = 0; group < groups; group++) {
+        const Left left = next;
+        const bool more = group + 1 < groups;
+        load_left(next, more ? row : row + kRows, more ? group + 1 : 0);
+        multiply(sum, left, group, depth);
+      }
+      if constexpr (kWhole) wait_for_copies<kStages - 1>();
+      finish(sum, row, stage);
+      fetch(row + kStages * kRows, last_row, stage);
+      stage = (stage + 1) % kStages;
     }
   }
 };
@@ -230,8 +308,9 @@ struct LowRankTile<float, kUnits, kSteps, kRightByRank, kWhole> {
   };
 
   const LowRank<float>& op;
-  float* shared;
+  unsigned char* memory;
   const int64_t column0;
+  float* const shared = (float*)memory;
   const int first = threadIdx.x % 16 * 4, row = threadIdx.x / 16 * 4;
 
   __device__ __forceinline__ void stage() const {
@@ -289,26 +368,22 @@ struct LowRankTile<float, kUnits, kSteps, kRightByRank, kWhole> {
       }
     }
   }
+
+  __device__ __forceinline__ void begin(int64_t, int64_t) const {}
+
+  __device__ __forceinline__ void walk(int64_t first_row, int64_t last_row) const {
+    __syncthreads();  // what all have staged
+    for (int64_t row0 = first_row; row0 < last_row; row0 += kRows) {
+      Piece piece;
+      load(piece, row0);
+      finish(piece, row0);
+    }
+  }
 };
 
-// Rows first_row to last_row of a block's columns; the tile is staged and the block has waited for its predecessor.
-template <class Tile>
-__device__ __forceinline__ void low_rank_rows(const Tile& tile, int64_t first_row, int64_t last_row) {
-  typename Tile::Piece current, next;
-  tile.load(current, first_row);
-  __syncthreads();  // what all have staged
-  for (int64_t row = first_row; row < last_row; row += Tile::kRows) {
-    if (row + Tile::kRows < last_row) tile.load(next, row + Tile::kRows);
-    tile.finish(current, row);
-    current = next;
-  }
-}
-
-// Rows a block walks down: enough blocks for every multiprocessor, and few enough to stage `right` seldom.
+// Rows a block walks down: as many blocks as the multiprocessors hold at once, all of one size.
 inline int64_t low_rank_chunk(int64_t rows, int64_t column_tiles, int tile_rows) {
-  const int64_t wanted = ceil_div(rows * column_tiles, (int64_t)device_info().multiprocessors * 8);
-  const int64_t chunk = round_up(wanted, tile_rows);
-  return chunk < 256 ? chunk : 256;
+  return round_up(ceil_div(rows * column_tiles, (int64_t)device_info().multiprocessors * kLowRankBlocks), tile_rows);
 }
 
 }  // namespace ember

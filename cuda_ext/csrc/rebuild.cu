@@ -19,12 +19,13 @@ struct Rebuild {
   int64_t columns;
   const T* a;  // [sum of ranks, columns]
   int64_t chunk;  // rows a block takes
+  bool more;      // another rebuild is the next kernel of the stream
   RebuildSegment segments[kMaxSegments];
 };
 
 // blockIdx.x: a tile of columns; blockIdx.y: a chunk of rows of one segment.
 template <class T, int kUnits, int kSteps, bool kWhole>
-__global__ void __launch_bounds__(kLowRankThreads, 4) rebuild_kernel(const Rebuild<T> op) {
+__global__ void __launch_bounds__(kLowRankThreads, kLowRankBlocks) rebuild_kernel(const Rebuild<T> op) {
   using Tile = LowRankTile<T, kUnits, kSteps, true, kWhole>;
   extern __shared__ __align__(16) unsigned char shared[];
   int64_t chunk_index = blockIdx.y;
@@ -45,13 +46,15 @@ __global__ void __launch_bounds__(kLowRankThreads, 4) rebuild_kernel(const Rebui
   low_rank.rows = segment.rows;
   low_rank.scale = segment.scale;
   low_rank.right_whole = aligned(op.a, op.columns);
-  low_rank.left_pairs = aligned(low_rank.left, segment.rank, 2 * sizeof(T));
-  // A successor may read weights before it waits, so this kernel never lets it start early.
+  low_rank.left_fours = aligned(low_rank.left, segment.rank, 4 * sizeof(T));
+  const Tile tile{low_rank, shared, (int64_t)blockIdx.x * Tile::kColumns};
+  const int64_t first = chunk_index * op.chunk, end = first + op.chunk, last = end < segment.rows ? end : segment.rows;
+  // Kernels that follow may read weights before they wait. Another rebuild does not, so only that may start early.
+  if (op.more) let_successor_start();
+  tile.begin(first, last);  // golden is never written
   wait_for_predecessor();
-  const Tile tile{low_rank, (T*)shared, (int64_t)blockIdx.x * Tile::kColumns};
   tile.stage();
-  const int64_t first = chunk_index * op.chunk, last = first + op.chunk;
-  low_rank_rows(tile, first, last < segment.rows ? last : segment.rows);
+  tile.walk(first, last);
 }
 
 template <class T, int kUnits, int kSteps, bool kWhole>
@@ -68,9 +71,9 @@ int launch_rebuild(Rebuild<T> op, int64_t rows, int max_rank, cudaStream_t strea
 
 }  // namespace ember
 
-// live and golden must not overlap. The parts stand in the order of their rows; they are read before this returns.
+// live and golden must not overlap. more: the next kernel of the stream is a rebuild as well. The parts stand in the order of their rows; they are read before this returns.
 EMBER_API int ember_rebuild_weight(void* live, const void* golden, int64_t rows, int64_t columns, const void* a,
-                                   const ember::LoraPart* parts, int64_t num_parts, int64_t dtype,
+                                   const ember::LoraPart* parts, int64_t num_parts, int64_t more, int64_t dtype,
                                    cudaStream_t stream) {
   using namespace ember;
   if (num_parts > kMaxLoraParts) return fail("%lld parts, at most %d are possible", (long long)num_parts, kMaxLoraParts);
@@ -88,13 +91,13 @@ EMBER_API int ember_rebuild_weight(void* live, const void* golden, int64_t rows,
   }
   if (row < rows) segments[count++] = {nullptr, row, rows - row, 0, 0, 0, 0.0f};
   EMBER_DISPATCH(dtype, {
-    Rebuild<scalar> op = {(scalar*)live, (const scalar*)golden, columns, (const scalar*)a, 0, {}};
+    Rebuild<scalar> op = {(scalar*)live, (const scalar*)golden, columns, (const scalar*)a, 0, more != 0, {}};
     for (int i = 0; i < count; i++) op.segments[i] = segments[i];
     const bool whole = aligned(op.live, columns) && aligned(op.golden, columns);
     if (!whole) return launch_rebuild<scalar, 1, 1, false>(op, rows, max_rank, stream);
     if constexpr (sizeof(scalar) == 2) {
       if (max_rank <= 16) return launch_rebuild<scalar, 2, 1, true>(op, rows, max_rank, stream);
-      if (max_rank <= 64) return launch_rebuild<scalar, 2, 2, true>(op, rows, max_rank, stream);
+      if (max_rank <= 64) return launch_rebuild<scalar, 2, 4, true>(op, rows, max_rank, stream);
     }
     return launch_rebuild<scalar, 1, 4, true>(op, rows, max_rank, stream);  // only a narrow tile fits
   })

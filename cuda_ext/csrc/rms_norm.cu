@@ -17,7 +17,7 @@ struct RmsNorm {
   T* normed;  // [rows, dim]
   T* summed;  // [rows, dim]; null without residual
   int64_t dim;
-  float eps;
+  float inverse_dim, eps;
 };
 
 template <class T, int kVectors, bool kAdd>
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(512) rms_norm_kernel(const RmsNorm<T> op) {
     }
     squares += sum_of_squares(x[i]);
   }
-  const float factor = rsqrtf(block_sum(squares) / (float)op.dim + op.eps);
+  const float factor = rsqrtf(block_sum(squares) * op.inverse_dim + op.eps);
 #pragma unroll
   for (int i = 0; i < kVectors; i++) {
     const int at = threadIdx.x + i * blockDim.x;
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(256) rms_norm_any_kernel(const RmsNorm<T> op) 
     }
     squares += to_float(value) * to_float(value);
   }
-  const float factor = rsqrtf(block_sum(squares) / (float)op.dim + op.eps);
+  const float factor = rsqrtf(block_sum(squares) * op.inverse_dim + op.eps);
   for (int64_t i = threadIdx.x; i < op.dim; i += blockDim.x) {
     const T rounded = from_float<T>(to_float(kAdd ? summed[i] : x[i]) * factor);
     op.normed[row * op.dim + i] = from_float<T>(to_float(op.weight[i]) * to_float(rounded));
@@ -108,7 +108,7 @@ EMBER_API int ember_rms_norm(const void* x, int64_t x_stride, const void* residu
                              int64_t dtype, cudaStream_t stream) {
   EMBER_DISPATCH(dtype, {
     const ember::RmsNorm<scalar> op = {(const scalar*)x, x_stride, (const scalar*)residual, residual_stride,
-                                       (const scalar*)weight, (scalar*)normed, (scalar*)summed, dim, eps};
+                                       (const scalar*)weight, (scalar*)normed, (scalar*)summed, dim, 1.0f / (float)dim, eps};
     return residual ? ember::launch_rms_norm<scalar, true>(op, rows, stream)
                     : ember::launch_rms_norm<scalar, false>(op, rows, stream);
   })

@@ -1,8 +1,8 @@
 // One pass over qkv: q and k are normed per head and rotated, q goes out, k and v go to their slots of the cache.
 //
 // A head's first and second half rotate against each other (Su et al. 2021, section 3.4.2, halves instead of pairs),
-// so a thread holds kWidth elements of the first half and the same of the second; the threads of a head sum their
-// squares by shuffles.
+// so a thread holds kWidth elements of the first half and the same of the second, of two heads; the threads of a head
+// sum their squares by shuffles.
 #include "vector.cuh"
 
 namespace ember {
@@ -19,79 +19,105 @@ struct RopeWrite {
   T *k_cache, *v_cache;      // [slots, kv_heads, head_dim]
   int64_t k_stride, v_stride;  // elements between slots
   int heads, kv_heads, head_dim;
+  float inverse_dim;
   int group_shift;  // log2 of the threads of a head
 };
 
 // A head's normed pieces of a thread against each other, in float32. The products are rounded one by one, as torch
 // does, so that 16-bit results equal the reference's.
 template <class T, int kWidth>
-__device__ __forceinline__ void rotate(Vector<T, kWidth>& first, Vector<T, kWidth>& second, const float* cosine,
-                                       const float* sine) {
+__device__ __forceinline__ void rotate(Vector<T, kWidth>& first, Vector<T, kWidth>& second,
+                                       const float (&cosine)[kWidth], const float (&sine)[kWidth]) {
   auto a = unpack(first), b = unpack(second);
 #pragma unroll
-  for (int i = 0; i < kWidth; i += 4) {
-    const auto cos4 = unpack(load_vector<4>(cosine + i)), sin4 = unpack(load_vector<4>(sine + i));
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-      const float x = a[i + j], y = b[i + j];
-      a[i + j] = __fsub_rn(__fmul_rn(x, cos4[j]), __fmul_rn(y, sin4[j]));
-      b[i + j] = __fadd_rn(__fmul_rn(y, cos4[j]), __fmul_rn(x, sin4[j]));
-    }
+  for (int i = 0; i < kWidth; i++) {
+    const float x = a[i], y = b[i];
+    a[i] = __fsub_rn(__fmul_rn(x, cosine[i]), __fmul_rn(y, sine[i]));
+    b[i] = __fadd_rn(__fmul_rn(y, cosine[i]), __fmul_rn(x, sine[i]));
   }
   first = pack<T, kWidth>(a);
   second = pack<T, kWidth>(b);
 }
 
+template <int kWidth>
+__device__ __forceinline__ void load_floats(float (&to)[kWidth], const float* from) {
+#pragma unroll
+  for (int i = 0; i < kWidth; i += 4) {
+    const auto four = unpack(load_vector<4>(from + i));
+#pragma unroll
+    for (int j = 0; j < 4; j++) to[i + j] = four[j];
+  }
+}
+
+constexpr int kHeadsEach = 1;  // heads of a thread: they share the cosines and sines
+
 template <class T, int kWidth>
 __global__ void __launch_bounds__(512) rope_write_kernel(const RopeWrite<T> op) {
   const int64_t token = blockIdx.x;
-  const int head = (int)(blockIdx.y * (blockDim.x >> op.group_shift) + (threadIdx.x >> op.group_shift));
+  const int group = (int)(blockIdx.y * (blockDim.x >> op.group_shift) + (threadIdx.x >> op.group_shift));
   const int half = op.head_dim / 2, at = (threadIdx.x & ((1 << op.group_shift) - 1)) * kWidth;
-  const bool active = head < op.heads + 2 * op.kv_heads && at < half;
-  const bool is_q = head < op.heads, is_v = head >= op.heads + op.kv_heads;
-  Vector<T, kWidth> first, second, weight_first, weight_second;
-  if (active && !is_v) {
-    const T* weight = (is_q ? op.q_weight : op.k_weight) + at;
-    weight_first = load_vector<kWidth>(weight);
-    weight_second = load_vector<kWidth>(weight + half);
+  const int first_v = op.heads + op.kv_heads, all = first_v + op.kv_heads;
+  Vector<T, kWidth> first[kHeadsEach], second[kHeadsEach], weight_first[kHeadsEach], weight_second[kHeadsEach];
+  bool active[kHeadsEach];
+#pragma unroll
+  for (int i = 0; i < kHeadsEach; i++) {
+    const int head = group * kHeadsEach + i;
+    active[i] = head < all && at < half;
+    if (active[i] && head < first_v) {
+      const T* weight = (head < op.heads ? op.q_weight : op.k_weight) + at;
+      weight_first[i] = load_vector<kWidth>(weight);
+      weight_second[i] = load_vector<kWidth>(weight + half);
+    }
   }
   wait_for_predecessor();
   let_successor_start();
-  int64_t position = 0, slot = 0;
-  float squares = 0.0f;
-  if (active) {
-    const T* from = op.qkv + token * op.qkv_stride + head * op.head_dim + at;
-    first = load_vector<kWidth>(from);
-    second = load_vector<kWidth>(from + half);
-    position = op.positions[token];
-    if (!is_q) slot = op.slots[token];
-    squares = sum_of_squares(first) + sum_of_squares(second);
+  float cosine[kWidth], sine[kWidth], squares[kHeadsEach];
+  const int64_t position = op.positions[token], slot = op.slots[token];
+#pragma unroll
+  for (int i = 0; i < kHeadsEach; i++) {
+    if (!active[i]) continue;
+    const T* from = op.qkv + token * op.qkv_stride + (group * kHeadsEach + i) * op.head_dim + at;
+    first[i] = load_vector<kWidth>(from);
+    second[i] = load_vector<kWidth>(from + half);
+  }
+  if (active[0] && group * kHeadsEach < first_v) {
+    const float* row = op.table + position * op.head_dim + at;
+    load_floats(cosine, row);
+    load_floats(sine, row + half);
+  }
+#pragma unroll
+  for (int i = 0; i < kHeadsEach; i++) {
+    squares[i] = active[i] ? sum_of_squares(first[i]) + sum_of_squares(second[i]) : 0.0f;
   }
   for (int offset = 1 << op.group_shift >> 1; offset > 0; offset /= 2) {
-    squares += __shfl_xor_sync(0xffffffffu, squares, offset);
+#pragma unroll
+    for (int i = 0; i < kHeadsEach; i++) squares[i] += __shfl_xor_sync(0xffffffffu, squares[i], offset);
   }
-  if (!active) return;
-  if (!is_v) {
-    const float factor = rsqrtf(squares / (float)op.head_dim + op.eps);
-    const float* cosine = op.table + position * op.head_dim + at;
-    first = normalize(first, factor, weight_first);
-    second = normalize(second, factor, weight_second);
-    rotate(first, second, cosine, cosine + half);
+#pragma unroll
+  for (int i = 0; i < kHeadsEach; i++) {
+    const int head = group * kHeadsEach + i;
+    if (!active[i]) continue;
+    if (head < first_v) {
+      const float factor = rsqrtf(squares[i] * op.inverse_dim + op.eps);
+      first[i] = normalize(first[i], factor, weight_first[i]);
+      second[i] = normalize(second[i], factor, weight_second[i]);
+      rotate(first[i], second[i], cosine, sine);
+    }
+    T* to = head < op.heads ? op.q + (token * op.heads + head) * op.head_dim
+            : head < first_v ? op.k_cache + slot * op.k_stride + (head - op.heads) * op.head_dim
+                             : op.v_cache + slot * op.v_stride + (head - first_v) * op.head_dim;
+    store_vector(to + at, first[i]);
+    store_vector(to + at + half, second[i]);
   }
-  T* to = is_q   ? op.q + (token * op.heads + head) * op.head_dim
-          : is_v ? op.v_cache + slot * op.v_stride + (head - op.heads - op.kv_heads) * op.head_dim
-                 : op.k_cache + slot * op.k_stride + (head - op.heads) * op.head_dim;
-  store_vector(to + at, first);
-  store_vector(to + at + half, second);
 }
 
 template <class T, int kWidth>
 int launch_rope_write(RopeWrite<T> op, int64_t tokens, cudaStream_t stream) {
-  const int all = op.heads + 2 * op.kv_heads;
+  const int64_t groups = ceil_div(op.heads + 2 * op.kv_heads, kHeadsEach);
   while ((1 << op.group_shift) * kWidth * 2 < op.head_dim) op.group_shift++;
-  const int64_t threads = round_up((int64_t)all << op.group_shift, 32);
+  const int64_t threads = round_up(groups << op.group_shift, 32);
   const dim3 block((unsigned)(threads < 512 ? threads : 512));
-  const dim3 grid((unsigned)tokens, (unsigned)ceil_div(all, block.x >> op.group_shift));
+  const dim3 grid((unsigned)tokens, (unsigned)ceil_div(groups, block.x >> op.group_shift));
   return launch(rope_write_kernel<T, kWidth>, grid, block, 0, stream, op);
 }
 
@@ -121,6 +147,7 @@ EMBER_API int ember_qk_norm_rope_write(const void* qkv, int64_t qkv_stride, cons
                             (int)heads,
                             (int)kv_heads,
                             (int)head_dim,
+                            1.0f / (float)head_dim,
                             0};
     if (kWide<scalar> == 8 && head_dim % 16 == 0) return launch_rope_write<scalar, kWide<scalar>>(op, tokens, stream);
     return launch_rope_write<scalar, 4>(op, tokens, stream);

@@ -108,6 +108,23 @@ def test_rebuild_rounds_the_exact_sum_and_forgets_it_to_the_bit(dtype: torch.dty
     assert torch.equal(live.view(as_bits), kept.view(as_bits)) and torch.equal(golden.view(as_bits), kept.view(as_bits))
 
 
+def test_rebuilds_in_a_row_that_start_early_give_the_same() -> None:
+    """Alternating adapters, so that a rebuild that overtook the one before it would leave another weight."""
+    weights = [torch.randn(layout[:2], device="cuda").bfloat16() for layout in LAYOUTS]
+    lives = [torch.empty_like(weight) for weight in weights]
+    adapters = [[make_lora(layout, torch.bfloat16) for layout in LAYOUTS] for _ in range(2)]
+    wanted = []
+    for adapter in adapters:
+        for live, weight, lora in zip(lives, weights, adapter, strict=True):
+            rebuild_weight(live, weight, lora)
+        wanted.append([live.clone() for live in lives])
+    for turn in range(20):
+        for number, lora in enumerate(adapters[turn % 2]):
+            rebuild_weight(lives[number], weights[number], lora, more=number + 1 < len(lives))
+        found = [live.clone() for live in lives]
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted[turn % 2], strict=True))
+
+
 def test_a_captured_layer_takes_new_values_of_b_in_place() -> None:
     torch.manual_seed(0)
     layout = LAYOUTS[0]
