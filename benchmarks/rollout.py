@@ -91,7 +91,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--again", action="store_true", help="measure rows that the output has already")
     parser.add_argument("--breakdown", action="store_true", help="add the parts of a decode step (ember on a GPU)")
-    parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
+    parser.add_argument("--max-num-batched-tokens", type=int, default=16384)
     parser.add_argument("--gpu-memory-utilization", type=float, help="default: the engine's own")
     parser.add_argument("--copy-bandwidth", type=float, default=Hardware.copy_tb_s, help="TB/s, measured")
     parser.add_argument("--gemm-rate", type=float, default=Hardware.gemm_tflop_s, help="TFLOP/s, measured")

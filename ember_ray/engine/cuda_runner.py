@@ -40,7 +40,7 @@ from ember_ray.model.slots import AdapterSlots
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
     """Batch sizes that get a graph: few enough to capture in seconds, close enough that little is padding."""
-    sizes = [1, 2, 4, 8, *range(16, 257, 16), *range(288, 513, 32), *range(576, max_num_seqs + 64, 64)]
+    sizes = [1, 2, 4, 8, *range(16, 257, 16), *range(288, 1025, 32), *range(1088, max_num_seqs + 64, 64)]
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
 
 

@@ -104,6 +104,8 @@ class LLM:
             return tuple(self.tokenizer.encode(prompt))
         if prompt and isinstance(prompt[0], dict):
             return tuple(self.tokenizer.encode_chat(prompt))  # type: ignore[arg-type]
+        if isinstance(prompt, tuple):  # as it is: copying long prompts holds up the device; the scheduler checks them
+            return prompt
         return tuple(array("q", prompt))  # type: ignore[arg-type]
 
     def publish(self, update: AdapterUpdate) -> None:
