@@ -20,10 +20,8 @@ from cuda_ext.swiglu import swiglu_reference
 MAX_ROWS = 16
 """Rows of x that one launch takes."""
 
-TUNING = [6, 0, 1, 0, 0, 0]
-AFTER: list[Tensor | None] = [None]
-AFTER_BYTES = [1 << 40]
-TUNING_LAYER = [6, 1, 0, 0]
+TUNING = [6, 1, 0]
+TUNING_LAYER = [6, 1, 0]
 
 
 def can_skinny(x: Tensor, weight: Tensor) -> bool:
@@ -212,8 +210,6 @@ def between_attentions(
         out,
         float(eps),
         *TUNING_LAYER,
-        AFTER[0],
-        0 if AFTER[0] is None else min(AFTER_BYTES[0], 2 * AFTER[0].numel()),
     )
     return y, residual_out
 
@@ -291,7 +287,5 @@ def _launch(
         int(gated),
         float(eps),
         *TUNING,
-        AFTER[0],
-        0 if AFTER[0] is None else min(AFTER_BYTES[0], 2 * AFTER[0].numel()),
     )
     return y, summed
