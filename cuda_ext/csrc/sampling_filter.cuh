@@ -12,7 +12,7 @@ namespace ember::sampling {
 
 constexpr int kListed = 1024;
 constexpr int kProbe = 256;  // logits to gather for top-p alone
-constexpr int kAhead = 2;    // pieces that a thread has on their way
+constexpr int kAhead = 4;    // pieces that a thread has on their way
 
 // A row with filters. floor: min-p's, as a logit.
 struct Row {
@@ -51,7 +51,7 @@ __device__ __forceinline__ float lowest_tied(const Row& row, float x) {
   return lowest_with_quotient(__fdiv_rn(x, row.wish.temperature), row.wish.temperature, x);
 }
 
-// Calls f(piece) for all pieces of chunks whose largest logit is at least `lowest`.
+// Calls f(logit) for all logits in chunks whose largest is at least `lowest`.
 template <class Line, class F>
 __device__ __forceinline__ void visit_line(const Args& a, const Line& line, int row, float lowest, const F& f) {
   constexpr int kStride = kThreads * Line::kSize;
@@ -68,7 +68,9 @@ __device__ __forceinline__ void visit_line(const Args& a, const Line& line, int 
     }
 #pragma unroll
     for (int v = 0; v < kAhead; ++v) {
-      if (wanted[v]) f(pieces[v]);
+      if (!wanted[v]) continue;
+#pragma unroll
+      for (int i = 0; i < Line::kSize; ++i) f(pieces[v][i]);
     }
   }
 }
@@ -117,7 +119,6 @@ __device__ __forceinline__ bool draw_from_list(const Args& a, float lowest, Shar
   List& list = shared.list;
   const int n = shared.num_listed;
   const bool all_listed = row.wish.top_k > 0 || lowest <= row.floor;  // all that top-p chooses from
-  const int num_compared = row.wish.top_k > 0 || row.wish.top_p < 1.f ? n : 0;
   u64 above[kEach], sum = 0, total;
 #pragma unroll
   for (int e = 0; e < kEach; ++e) {
@@ -127,7 +128,7 @@ __device__ __forceinline__ bool draw_from_list(const Args& a, float lowest, Shar
     const float scaled = list.scaled[i];
     int larger = 0;
     u64 mass = 0;
-    for (int j = 0; j < num_compared; ++j) {
+    for (int j = 0; j < n; ++j) {
       const bool is_larger = list.scaled[j] > scaled;
       larger += is_larger;
       mass += is_larger ? list.mass[j] : 0;
@@ -180,12 +181,9 @@ __device__ __forceinline__ float threshold_of_line(const Args& a, const Line& li
 #pragma unroll 1
   for (int by_mass = 0; by_mass < 2; ++by_mass) {  // top-k, then top-p
     if (by_mass ? row.wish.top_p >= 1.f : row.wish.top_k == 0) continue;
-    // to count is to sum masses that are all one unit
-    const float largest = row.sums.largest, factor = by_mass ? row.factor : 0.f, unit = by_mass ? kUnit : 1.f;
-    const float finite = fmaxf(lowest, kLowest);
     const float selected = select_from_top<typename Line::scalar>(
-        shared.histogram, [&](const auto& f) { visit_line(a, line, row.index, finite, f); },
-        [&](float x) -> u64 { return x < finite ? 0 : __float2ull_rn(exp2_fast((x - largest) * factor) * unit); },
+        shared.histogram, [&](const auto& f) { visit_line(a, line, row.index, lowest, f); },
+        [&](float x) -> u64 { return x < lowest ? 0 : by_mass ? mass_of(x, row.sums.largest, row.factor) : 1; },
         [&](u64 total) { return by_mass ? part_of(row.wish.top_p, total) : (u64)row.wish.top_k; });
     // what rounds to the same quotient is kept with it
     if (threadIdx.x == 0) shared.threshold = fmaxf(lowest, lowest_tied(row, selected));
@@ -250,7 +248,7 @@ __device__ __forceinline__ void draw_filtered(const Args& a, const Line& line, c
     const float bound = select_from_top<typename Line::scalar>(
         shared.histogram,
         [&](const auto& f) {
-          for (int i = threadIdx.x; i < num_groups; i += kThreads) f(Single{group_max[i]});
+          for (int i = threadIdx.x; i < num_groups; i += kThreads) f(group_max[i]);
         },
         [](float) -> u64 { return 1; }, [&](u64) -> u64 { return wanted; });
     if (threadIdx.x == 0) shared.threshold = lowest_tied(row, bound);

@@ -1,8 +1,6 @@
 // Exact selection from the top without sorting.
 #pragma once
 
-#include <type_traits>
-
 #include "sampling.cuh"
 
 namespace ember::sampling {
@@ -26,19 +24,18 @@ struct Histogram {
   __device__ __forceinline__ void clear() {
     for (int i = threadIdx.x; i < kBins; i += kThreads) low[i] = high[i] = 0;
   }
+  __device__ __forceinline__ void add(int bin, u64 weight) {
+    const uint32_t part = (uint32_t)weight;
+    const uint32_t carry = atomicAdd(&low[bin], part) > ~part;
+    const uint32_t upper = (uint32_t)(weight >> 32) + carry;
+    if (upper) atomicAdd(&high[bin], upper);
+  }
   __device__ __forceinline__ u64 operator[](int bin) const { return (u64)high[bin] << 32 | low[bin]; }
-};
-
-// One number in the place of a piece.
-struct Single {
-  static constexpr int kSize = 1;
-  float x;
-  __device__ __forceinline__ float operator[](int) const { return x; }
 };
 
 // The largest x present such that the weights of all elements of at least x reach target_of(sum of all weights), which
 // must be at least 1; -inf where they never do. Called by the whole block.
-// visit(f) calls f(piece) for all pieces, distributed over the threads; weigh(x) >= 0.
+// visit(f) calls f(x) for each element, distributed over the threads; weigh(x) >= 0.
 // scalar: the format the elements came in; of bfloat16 and float16, 22 bits of the key tell all.
 template <class scalar, class Visit, class Weigh, class TargetOf>
 __device__ __forceinline__ float select_from_top(
@@ -58,31 +55,11 @@ __device__ __forceinline__ float select_from_top(
     histogram.clear();
     if (threadIdx.x == 0) found = -1;
     __syncthreads();
-    visit([&](const auto& piece) {
-      constexpr int kSize = std::remove_reference_t<decltype(piece)>::kSize;
-      constexpr int kTogether = kSize < 2 ? kSize : 2;  // sums that are on their way back from shared memory
-#pragma unroll
-      for (int first = 0; first < kSize; first += kTogether) {
-        u64 weights[kTogether];
-        uint32_t bins[kTogether], before[kTogether];
-#pragma unroll
-        for (int i = 0; i < kTogether; ++i) {
-          const float x = piece[first + i];
-          const uint32_t key = key_of(x);
-          weights[i] = pass == 0 || (key >> fixed) == prefix ? weigh(x) : 0;
-          bins[i] = (key >> shift) & digit_mask;
-        }
-#pragma unroll
-        for (int i = 0; i < kTogether; ++i) {
-          before[i] = 0;
-          if (weights[i]) before[i] = atomicAdd(&histogram.low[bins[i]], (uint32_t)weights[i]);
-        }
-#pragma unroll
-        for (int i = 0; i < kTogether; ++i) {
-          const uint32_t upper = (uint32_t)(weights[i] >> 32) + (before[i] > ~(uint32_t)weights[i]);
-          if (upper) atomicAdd(&histogram.high[bins[i]], upper);
-        }
-      }
+    visit([&](float x) {
+      const uint32_t key = key_of(x);
+      if (pass && (key >> fixed) != prefix) return;
+      const u64 weight = weigh(x);
+      if (weight) histogram.add((key >> shift) & digit_mask, weight);
     });
     __syncthreads();
     const int top = kBins - 1 - (int)threadIdx.x * kEach;
