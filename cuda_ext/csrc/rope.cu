@@ -1,8 +1,8 @@
 // One pass over qkv: q and k are normed per head and rotated, q goes out, k and v go to their slots of the cache.
 //
 // A head's first and second half rotate against each other (Su et al. 2021, section 3.4.2, halves instead of pairs),
-// so a thread holds kWidth elements of the first half and the same of the second, of two heads; the threads of a head
-// sum their squares by shuffles.
+// so a thread holds kWidth elements of the first half and the same of the second; the threads of a head sum their
+// squares by shuffles.
 #include "vector.cuh"
 
 namespace ember {
@@ -49,7 +49,9 @@ __device__ __forceinline__ void load_floats(float (&to)[kWidth], const float* fr
   }
 }
 
-constexpr int kHeadsEach = 1;  // heads of a thread: they share the cosines and sines
+// Heads of a thread, which share the cosines and sines. On an H200, two take 61 instead of 65 us at 8192 tokens, but 1.7
+// instead of 1.5 at one and 7.4 instead of 6.8 at 800: decode steps count more.
+constexpr int kHeadsEach = 1;
 
 template <class T, int kWidth>
 __global__ void __launch_bounds__(512) rope_write_kernel(const RopeWrite<T> op) {
