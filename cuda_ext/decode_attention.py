@@ -52,7 +52,7 @@ def _launch(q: Tensor, k_cache: Tensor, v_cache: Tensor, groups: DecodeGroups, s
         raise ValueError(f"decode groups were built for fewer than {heads // kv_heads} query heads a KV head")
     out = torch.empty_like(q)
     partials = torch.empty((max(1, groups.num_partials), heads, head_dim), dtype=torch.float16, device=q.device)
-    stats = torch.empty((max(1, groups.num_partials), heads, 2), dtype=torch.float32, device=q.device)
+    stats = torch.empty((max(1, groups.num_partials), heads, 4), dtype=torch.float32, device=q.device)
     library.launch(
         "decode_attention",
         q,

@@ -10,7 +10,8 @@
 namespace ember::decode {
 
 bool fits_tensor_cores(const Problem& p, int64_t dtype) {
-  const bool block_fits = p.block_size >= 16 && p.block_size <= p.split_tokens && (p.block_size & (p.block_size - 1)) == 0;
+  const bool block_fits =
+      p.block_size >= 16 && p.block_size <= p.split_tokens && (p.block_size & (p.block_size - 1)) == 0;
   return dtype != kFloat32 && (p.head_dim == 64 || p.head_dim == 128) && p.share() <= 8 && block_fits &&
          p.split_tokens % kTileTokens == 0 && p.split_tokens % p.block_size == 0;
 }
@@ -18,8 +19,8 @@ bool fits_tensor_cores(const Problem& p, int64_t dtype) {
 }  // namespace ember::decode
 
 // q, out: [rows, heads, head_dim]; k, v: [num_slots, kv_heads, head_dim]; partials: [num_partials, heads, head_dim]
-// float16; stats: [num_partials, heads, 2] float32; the int32 arrays as in cuda_ext/decode_groups.py. generic: take the
-// generic kernel anyhow.
+// float16; stats: [num_partials, heads, 4] float32; the int32 arrays as in cuda_ext/decode_groups.py. method: 0 what
+// fits best, 1 the generic kernel.
 EMBER_API int ember_decode_attention(const void* q, const void* k, const void* v, void* out, void* partials,
                                      void* stats, const int* row_group, const int* prefix_blocks,
                                      const int* prefix_starts, const int* prefix_lens, const int* suffix_blocks,
@@ -29,13 +30,12 @@ EMBER_API int ember_decode_attention(const void* q, const void* k, const void* v
                                      int64_t split_tokens, int64_t dtype, int64_t method, float scale,
                                      cudaStream_t stream) {
   using namespace ember::decode;
-  Problem p = {q, k, v, out, static_cast<ember::fp16*>(partials), static_cast<float2*>(stats), row_group,
-               prefix_blocks, prefix_starts, prefix_lens, suffix_blocks, suffix_starts, suffix_lens, partial_starts,
-               items, num_items, (int)max_items, (int)rows, (int)heads, (int)kv_heads, (int)head_dim, (int)block_size,
-               (int)split_tokens, (int)(method >> 4), scale};
-  method &= 15;
+  const Problem p = {q, k, v, out, static_cast<ember::fp16*>(partials), static_cast<float2*>(stats), row_group,
+                     prefix_blocks, prefix_starts, prefix_lens, suffix_blocks, suffix_starts, suffix_lens,
+                     partial_starts, items, num_items, (int)max_items, (int)rows, (int)heads, (int)kv_heads,
+                     (int)head_dim, (int)block_size, (int)split_tokens, scale};
   if (rows == 0) return 0;
   if (method == 1 || !fits_tensor_cores(p, dtype)) return launch_generic(p, dtype, stream);
-  const int status = p.variant & 512 ? 0 : launch_splits(p, dtype, stream);
-  return status || (p.variant & 256) ? status : launch_finish(p, dtype, stream);
+  const int status = launch_splits(p, dtype, stream);
+  return status ? status : launch_finish(p, dtype, stream);
 }

@@ -13,10 +13,10 @@ struct Problem {
   const void *q, *k, *v;
   void* out;
   fp16* partials;  // [num_partials, heads, head_dim], each row in the order of Fragment, times 1 / stats.y
-  float2* stats;   // [num_partials, heads]: log2 of the sum of exponentials, and the power of two of the row
+  float2* stats;   // [num_partials, heads, halves of a row]: log2 of the sum of exponentials, and a power of two
   const int *row_group, *prefix_blocks, *prefix_starts, *prefix_lens, *suffix_blocks, *suffix_starts, *suffix_lens;
   const int *partial_starts, *items, *num_items;
-  int max_items, rows, heads, kv_heads, head_dim, block_size, split_tokens, variant;
+  int max_items, rows, heads, kv_heads, head_dim, block_size, split_tokens;
   float scale;
 
   int share() const { return heads / kv_heads; }
@@ -56,6 +56,12 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 __device__ __forceinline__ uint64_t evict_first_policy() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+// Partial results stay in the L2 cache until they are merged.
+__device__ __forceinline__ uint64_t evict_last_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
 
@@ -135,14 +141,16 @@ struct Fragment {
     total[0] = total[1] = 0.f;
   }
 
-  // Scores of TOKENS tokens, whose K begins at `keys` in shared memory, become probabilities in `weights`, packed as
-  // A fragments; tokens from `valid` on count as absent.
+  // Scores of TOKENS tokens, whose K begins at `keys` in shared memory; tokens from `valid` on count as absent.
   template <int TOKENS>
-  __device__ __forceinline__ void score(const uint32_t (&query)[D / 16][4], uint32_t keys, int valid, float scale,
-                                        uint32_t (&weights)[TOKENS / 16][4]) {
+  __device__ __forceinline__ void score(const uint32_t (&query)[D / 16][4], uint32_t keys, int valid,
+                                        float (*s)[4]) const {
     const int lane = threadIdx.x % 32;
     const uint32_t address = keys + ((lane / 16) * 8 + lane % 8) * kRowBytes<D> + (lane / 8 % 2) * 16;
-    float s[TOKENS / 8][4] = {};
+#pragma unroll
+    for (int j = 0; j < TOKENS / 8; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[j][i] = 0.f;
 #pragma unroll
     for (int k = 0; k < D / 16; ++k)
 #pragma unroll
@@ -159,6 +167,11 @@ struct Fragment {
         for (int i = 0; i < 4; ++i)
           if (j * 8 + lane % 4 * 2 + i % 2 >= valid) s[j][i] = -INFINITY;
     }
+  }
+
+  // Scores become probabilities in `weights`, packed as A fragments; what was summed before is rescaled.
+  template <int TOKENS>
+  __device__ __forceinline__ void softmax(float (&s)[TOKENS / 8][4], float scale, uint32_t (&weights)[TOKENS / 16][4]) {
     float highest[2] = {top[0], top[1]};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -181,29 +194,21 @@ struct Fragment {
         }
       }
     }
+    const float base[2] = {top[0] == -INFINITY ? 0.f : top[0] * scale, top[1] == -INFINITY ? 0.f : top[1] * scale};
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float base = top[r] == -INFINITY ? 0.f : top[r] * scale;
+    for (int j = 0; j < TOKENS / 8; ++j)
 #pragma unroll
-      for (int j = 0; j < TOKENS / 8; ++j)
-#pragma unroll
-        for (int i = 2 * r; i < 2 * r + 2; ++i) {
-          s[j][i] = exp2_fast(fmaf(s[j][i], scale, -base));
-          total[r] += s[j][i];
-        }
-    }
-#pragma unroll
-    for (int j = 0; j < TOKENS / 16; ++j) {
-      weights[j][0] = pack<T>(s[2 * j][0], s[2 * j][1]);
-      weights[j][1] = pack<T>(s[2 * j][2], s[2 * j][3]);
-      weights[j][2] = pack<T>(s[2 * j + 1][0], s[2 * j + 1][1]);
-      weights[j][3] = pack<T>(s[2 * j + 1][2], s[2 * j + 1][3]);
-    }
+      for (int r = 0; r < 2; ++r) {
+        const float low = exp2_fast(fmaf(s[j][2 * r], scale, -base[r]));
+        const float high = exp2_fast(fmaf(s[j][2 * r + 1], scale, -base[r]));
+        total[r] += low + high;
+        weights[j / 2][j % 2 * 2 + r] = pack<T>(low, high);
+      }
   }
 
   // Adds the weighted rows of V, which begin at `values` in shared memory.
   template <int TOKENS>
-  __device__ __forceinline__ void add_values(const uint32_t (&weights)[TOKENS / 16][4], uint32_t values) {
+  __device__ __forceinline__ void add_values(const uint32_t (*weights)[4], uint32_t values) {
     const int lane = threadIdx.x % 32;
     const uint32_t address = values + (lane % 16) * kRowBytes<D> + (lane / 16) * 16;
 #pragma unroll

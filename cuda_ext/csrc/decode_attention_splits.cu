@@ -12,16 +12,17 @@
 namespace ember::decode {
 namespace {
 
-constexpr int kConsumerWarps = 8, kHeaderBytes = 1024, kMaxSlots = 16;
+constexpr int kConsumers = 8, kProducers = 4;  // warps
+constexpr int kHeaderBytes = 1024, kMaxSlots = 16;
 
 template <int D>
 constexpr int kSlotBytes = kTileTokens* kRowBytes<D>;
-// What the second warp of a row tile hands to the first: its Fragment.
+// What one warp of a row tile hands to the other: half of its sums, and its maxima and totals.
 template <int D>
-constexpr int kExchangeBytes = 32 * (D / 8 + 1) * 16;
+constexpr int kOutboxBytes = 32 * (D / 16 + 1) * 16;
 
 struct alignas(16) Header {
-  uint64_t full[kMaxSlots], empty[kMaxSlots], ready[kQueryRows / 16], taken[kQueryRows / 16];
+  uint64_t full[kMaxSlots], empty[kMaxSlots], ready[kQueryRows / 16][2], taken[kQueryRows / 16][2];
   int4 units[kMaxSlots];  // beside the Q tile of a slot: first row, rows | head << 16 (0 ends), tokens, partial
 };
 static_assert(sizeof(Header) <= kHeaderBytes, "the header outgrew its place");
@@ -63,10 +64,10 @@ struct Place {
   }
 };
 
-// One of the warps that copy: it takes WARPS-th parts of every tile, in groups of 16 rows.
-template <class T, int D, int WARPS>
+// One of the warps that copy: it takes 16 rows of every tile.
+template <class T, int D>
 struct Producer {
-  static constexpr int kGroupRows = 16, kGroups = kTileTokens / kGroupRows / WARPS;
+  static constexpr int kGroupRows = 16, kGroups = kTileTokens / kGroupRows / kProducers;
   static constexpr int kChunks = D / 8, kRowsAtOnce = 32 / kChunks;  // chunks of 16 bytes
 
   const Problem& p;
@@ -141,15 +142,12 @@ struct Producer {
   }
 
   __device__ void run() {
-    const int units = __ldg(p.num_items) * p.kv_heads;
     int unit = blockIdx.x;
-    Item item = {};
-    int blocks = 0;
-    if (unit < units) {
-      item = item_of(unit);
-      blocks = blocks_of(item, 0);
-    }
+    Item item = item_of(unit);  // before its number is known to be in use: the capacity covers the grid
+    const int units = __ldg(p.num_items) * p.kv_heads;
+    int blocks = unit < units ? blocks_of(item, 0) : 0;
     bool first = true;  // nothing that a kernel shortly before wrote was read yet
+#pragma unroll 1
     for (; unit < units; unit += gridDim.x) {
       const bool is_prefix = item.kind == 0;
       const int head = unit % p.kv_heads;
@@ -164,6 +162,7 @@ struct Producer {
         first = false;
         copy_queries(item, head);
         next_blocks = blocks_of(next, 0);
+#pragma unroll 1
         for (int tile = 1; tile * kTileTokens < item.tokens; ++tile) {
           const int token = tile * kTileTokens, block = token >> block_shift;
           if (block % 32 == 0 && block << block_shift == token) blocks = blocks_of(item, block);
@@ -190,12 +189,12 @@ struct Producer {
 };
 
 // A pair of warps: one tile of 16 query rows.
-template <class T, int D>
+template <class T, int D, int TILES>
 struct Consumer {
   const Problem& p;
   Header& header;
   const uint32_t slots;
-  char* const exchange;  // this pair's
+  char* const outboxes;  // of the pair
   const int tile, half, lane;
   uint32_t exchange_phase;
 
@@ -229,162 +228,216 @@ struct Consumer {
         for (int r = 0; r < 2; ++r) {
           const int row = tile * 16 + r * 8 + lane / 4, candidate = row / share;
           target[r] = -1;
-          if (candidate < num_rows && half == 0)
+          if (candidate < num_rows)
             target[r] = (__ldg(p.partial_starts + unit.x + candidate) + unit.w) * p.heads + head * share + row % share;
         }
       }
       release(query_place);
-      for (int first = 0; first < tokens; first += kTileTokens) {
-        constexpr int kTokens = kTileTokens / 2;
-        uint32_t weights[kTokens / 16][4];
-        const Place values_place = place.after(1);
-        wait(header.full[place.slot], place.phase);
-        if (active)
-          state.template score<kTokens>(query, address_of(place) + half * kTokens * kRowBytes<D>,
-                                        tokens - first - half * kTokens, scale, weights);
-        release(place);
-        wait(header.full[values_place.slot], values_place.phase);
-        if (active)
-          state.template add_values<kTokens>(weights, address_of(values_place) + half * kTokens * kRowBytes<D>);
-        release(values_place);
+      int first = 0;
+      if constexpr (TILES == 2) {
+        for (; first + kTileTokens < tokens; first += 2 * kTileTokens) {
+          const Place keys = place.after(first == 0 ? 3 : 2);
+          step<2>(state, query, {place, keys}, tokens - first, scale, active);
+          place = keys.after(2);
+        }
+      }
+      for (; first < tokens; first += kTileTokens) {
+        step<1>(state, query, {place}, tokens - first, scale, active);
         place = place.after(first == 0 ? 3 : 2);
       }
       if (active) {
-        state.reduce_totals();
-        if (half == 1) {
-          give(state);
-        } else {
-          take(state, scale);
-          store(state, target, scale);
-        }
+        if (half == 0)
+          finish<0>(state, target, scale);
+        else
+          finish<1>(state, target, scale);
         exchange_phase ^= 1;
       }
     }
   }
 
-  __device__ __forceinline__ void give(const Fragment<T, D>& state) {
-    float4* words = reinterpret_cast<float4*>(exchange) + lane;
-    wait(header.taken[tile], exchange_phase ^ 1);
+  // Takes in this warp's half of COUNT tiles, whose keys lie at given places and their values right after.
+  template <int COUNT>
+  __device__ __forceinline__ void step(Fragment<T, D>& state, const uint32_t (&query)[D / 16][4],
+                                       const Place (&keys)[COUNT], int valid, float scale, bool active) {
+    constexpr int kTokens = kTileTokens / 2;
+    float scores[COUNT * kTokens / 8][4];
+    uint32_t weights[COUNT * kTokens / 16][4];
 #pragma unroll
-    for (int n = 0; n < D / 8; ++n)
-      words[n * 32] = make_float4(state.out[n][0], state.out[n][1], state.out[n][2], state.out[n][3]);
-    words[D / 8 * 32] = make_float4(state.top[0], state.top[1], state.total[0], state.total[1]);
-    __syncwarp();
-    if (lane == 0) arrive(header.ready[tile]);
+    for (int i = 0; i < COUNT; ++i) {
+      wait(header.full[keys[i].slot], keys[i].phase);
+      if (active)
+        state.template score<kTokens>(query, address_of(keys[i]) + half * kTokens * kRowBytes<D>,
+                                      valid - i * kTileTokens - half * kTokens, scores + i * kTokens / 8);
+      release(keys[i]);
+    }
+    if (active) state.template softmax<COUNT * kTokens>(scores, scale, weights);
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      const Place values = keys[i].after(1);
+      wait(header.full[values.slot], values.phase);
+      if (active)
+        state.template add_values<kTokens>(weights + i * kTokens / 16,
+                                           address_of(values) + half * kTokens * kRowBytes<D>);
+      release(values);
+    }
   }
 
-  // Joins the other half. The first half always holds a token; the second may be empty.
-  __device__ __forceinline__ void take(Fragment<T, D>& state, float scale) {
-    const float4* words = reinterpret_cast<const float4*>(exchange) + lane;
-    wait(header.ready[tile], exchange_phase);
-    const float4 last = words[D / 8 * 32];
-    const float other_top[2] = {last.x, last.y}, other_total[2] = {last.z, last.w};
-    float mine[2], other[2];
+  // Joins the two warps' halves of the tokens. Each of them does so for half of the dims, HALF being its own number.
+  template <int HALF>
+  __device__ __forceinline__ void finish(Fragment<T, D>& state, const int (&target)[2], float scale) {
+    constexpr int kDims = D / 16, kOwn = HALF * kDims, kOther = kDims - kOwn;  // in fragments of 8 dims
+    float4* const outbox = reinterpret_cast<float4*>(outboxes + HALF * kOutboxBytes<D>) + lane;
+    const float4* const inbox = reinterpret_cast<const float4*>(outboxes + (1 - HALF) * kOutboxBytes<D>) + lane;
+    state.reduce_totals();
+    wait(header.taken[tile][HALF], exchange_phase ^ 1);
+#pragma unroll
+    for (int n = 0; n < kDims; ++n) outbox[n * 32] = *reinterpret_cast<const float4*>(state.out[kOther + n]);
+    outbox[kDims * 32] = make_float4(state.top[0], state.top[1], state.total[0], state.total[1]);
+    __syncwarp();
+    if (lane == 0) arrive(header.ready[tile][HALF]);
+
+    wait(header.ready[tile][1 - HALF], exchange_phase);
+    const float4 last = inbox[kDims * 32];
+    // The first half always holds a token; the second may be empty.
+    const float top[2][2] = {{state.top[0], state.top[1]}, {last.x, last.y}};
+    const float total[2][2] = {{state.total[0], state.total[1]}, {last.z, last.w}};
+    float share[2][2], log_sum[2];  // what the sums of each warp, the own first, count for: exponentials over total
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float highest = fmaxf(state.top[r], other_top[r]);
-      mine[r] = exp2_fast((state.top[r] - highest) * scale);
-      other[r] = exp2_fast((other_top[r] - highest) * scale);
-      state.total[r] = fmaf(state.total[r], mine[r], other_total[r] * other[r]);
-      state.top[r] = highest;
+      const float highest = fmaxf(top[0][r], top[1][r]);
+      share[0][r] = exp2_fast((top[0][r] - highest) * scale);
+      share[1][r] = exp2_fast((top[1][r] - highest) * scale);
+      const float sum = fmaf(total[HALF][r], share[HALF][r], total[1 - HALF][r] * share[1 - HALF][r]);
+      log_sum[r] = fmaf(highest, scale, log2f(sum));
+      share[0][r] /= sum;
+      share[1][r] /= sum;
     }
+    float joined[kDims][4];
 #pragma unroll
-    for (int n = 0; n < D / 8; ++n) {
-      const float4 word = words[n * 32];
-      state.out[n][0] = fmaf(state.out[n][0], mine[0], word.x * other[0]);
-      state.out[n][1] = fmaf(state.out[n][1], mine[0], word.y * other[0]);
-      state.out[n][2] = fmaf(state.out[n][2], mine[1], word.z * other[1]);
-      state.out[n][3] = fmaf(state.out[n][3], mine[1], word.w * other[1]);
+    for (int n = 0; n < kDims; ++n) {
+      const float4 word = inbox[n * 32];
+      const float other[4] = {word.x, word.y, word.z, word.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        joined[n][i] = fmaf(state.out[kOwn + n][i], share[0][i / 2], other[i] * share[1][i / 2]);
     }
     __syncwarp();
-    if (lane == 0) arrive(header.taken[tile]);
+    if (lane == 0) arrive(header.taken[tile][1 - HALF]);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) store<kOwn>(joined, r, target[r], log_sum[r]);
   }
 
-  // Partial results are float16 with one power of two a row: half the traffic of float32, and their rounding (2^-12 of
-  // each number) is far below that of the output.
-  __device__ __forceinline__ void store(const Fragment<T, D>& state, const int (&target)[2], float scale) {
+  // Partial results are float16 with one power of two for each half of a row: half the traffic of float32, and their
+  // rounding (2^-12 of each number) is far below that of the output.
+  template <int OWN>
+  __device__ __forceinline__ void store(const float (&joined)[D / 16][4], int r, int target, float log_sum) {
+    float largest = 0.f;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float inverse = 1.f / state.total[r];
-      float largest = 0.f;
+    for (int n = 0; n < D / 16; ++n)
+      largest = fmaxf(largest, fmaxf(fabsf(joined[n][2 * r]), fabsf(joined[n][2 * r + 1])));
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+    if (target < 0) return;
+    // 2^14 / 2^floor(log2(largest)) and its inverse, from the exponent's bits; kept away from both ends.
+    const int exponent = min(max(__float_as_int(largest) >> 23 & 0xff, 40), 250);
+    const float factor = __int_as_float((127 + 14 + 127 - exponent) << 23);
+    const float unit = __int_as_float((exponent - 14) << 23);
+    const uint64_t policy = evict_last_policy();
+    uint4* const row = reinterpret_cast<uint4*>(p.partials + (int64_t)target * D) + OWN + lane % 4;
 #pragma unroll
-      for (int n = 0; n < D / 8; ++n)
-        largest = fmaxf(largest, fmaxf(fabsf(state.out[n][2 * r]), fabsf(state.out[n][2 * r + 1])));
-      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
-      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2)) * inverse;
-      // 2^14 / 2^floor(log2(largest)) and its inverse, from the exponent's bits; kept away from both ends.
-      const int exponent = min(max(__float_as_int(largest) >> 23 & 0xff, 40), 250);
-      const float factor = __int_as_float((127 + 14 + 127 - exponent) << 23) * inverse;
-      const float unit = __int_as_float((exponent - 14) << 23);
-      if (target[r] < 0) continue;
-      uint4* row = reinterpret_cast<uint4*>(p.partials + (int64_t)target[r] * D) + lane % 4;
+    for (int n = 0; n < D / 16; n += 4) {
+      uint32_t word[4];
 #pragma unroll
-      for (int n = 0; n < D / 8; n += 4) {
-        uint4 word;
-        word.x = pack<fp16>(state.out[n][2 * r] * factor, state.out[n][2 * r + 1] * factor);
-        word.y = pack<fp16>(state.out[n + 1][2 * r] * factor, state.out[n + 1][2 * r + 1] * factor);
-        word.z = pack<fp16>(state.out[n + 2][2 * r] * factor, state.out[n + 2][2 * r + 1] * factor);
-        word.w = pack<fp16>(state.out[n + 3][2 * r] * factor, state.out[n + 3][2 * r + 1] * factor);
-        row[n] = word;
-      }
-      if (lane % 4 == 0) p.stats[target[r]] = make_float2(fmaf(state.top[r], scale, log2f(state.total[r])), unit);
+      for (int i = 0; i < 4; ++i)
+        word[i] = pack<fp16>(joined[n + i][2 * r] * factor, joined[n + i][2 * r + 1] * factor);
+      asm volatile("st.global.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(row + n), "r"(word[0]),
+                   "r"(word[1]), "r"(word[2]), "r"(word[3]), "l"(policy)
+                   : "memory");
     }
+    if (lane % 4 == 0) p.stats[2 * (int64_t)target + (OWN > 0)] = make_float2(log_sum, unit);
   }
 };
 
-template <class T, int D, int WARPS>
-__global__ void __launch_bounds__(32 * (kConsumerWarps + WARPS), 1)
+// On sm_90a registers move from the copying to the computing warps, and a step takes two tiles.
+enum Method { kPlain, kMovesRegisters };
+
+template <class T, int D, Method METHOD>
+__global__ void __launch_bounds__(32 * (kConsumers + kProducers), 1)
     split_kernel(const __grid_constant__ Problem p, int num_slots) {
+#ifndef __CUDA_ARCH_FEAT_SM90_ALL
+  if constexpr (METHOD == kMovesRegisters) return;  // launch_splits() sees that there is nothing here
+#endif
   extern __shared__ __align__(128) char shared[];
   Header& header = *reinterpret_cast<Header*>(shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
     for (int i = 0; i < num_slots; ++i) {
-      init_barrier(header.full[i], 32 * WARPS + 1);
-      init_barrier(header.empty[i], kConsumerWarps);
+      init_barrier(header.full[i], 32 * kProducers + 1);
+      init_barrier(header.empty[i], kConsumers);
     }
-    for (int i = 0; i < kQueryRows / 16; ++i) {
-      init_barrier(header.ready[i], 1);
-      init_barrier(header.taken[i], 1);
+    for (int i = 0; i < kConsumers; ++i) {
+      init_barrier(header.ready[i / 2][i % 2], 1);
+      init_barrier(header.taken[i / 2][i % 2], 1);
     }
   }
   __syncthreads();
-  char* exchange = shared + kHeaderBytes;
-  const uint32_t slots = shared_address(exchange + kQueryRows / 16 * kExchangeBytes<D>);
-  if (warp >= kConsumerWarps) {
-    Producer<T, D, WARPS> producer = {p,    header,
-                                      slots, warp - kConsumerWarps,
-                                      lane, evict_first_policy(),
-                                      __ffs(p.block_size) - 1, {0, num_slots, 0}};
+  char* outboxes = shared + kHeaderBytes;
+  const uint32_t slots = shared_address(outboxes + kConsumers * kOutboxBytes<D>);
+  if (warp >= kConsumers) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    if constexpr (METHOD == kMovesRegisters) asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+#endif
+    const int block_shift = __ffs(p.block_size) - 1;
+    Producer<T, D> producer = {p,    header,   slots, warp - kConsumers,
+                               lane, evict_first_policy(), block_shift, {0, num_slots, 0}};
     producer.run();
   } else {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    if constexpr (METHOD == kMovesRegisters) asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
+#endif
     wait_for_predecessor();
     let_successor_start();
     const int tile = warp / 2;
-    Consumer<T, D> consumer = {p, header, slots, exchange + tile * kExchangeBytes<D>, tile, warp % 2, lane, 0};
+    Consumer<T, D, METHOD == kMovesRegisters ? 2 : 1> consumer = {
+        p, header, slots, outboxes + 2 * tile * kOutboxBytes<D>, tile, warp % 2, lane, 0};
     consumer.run(num_slots);
   }
 }
 
-template <class T, int D, int WARPS>
+template <class T, int D, Method METHOD>
 int launch_kernel(const Problem& p, cudaStream_t stream) {
-  const int fixed = kHeaderBytes + kQueryRows / 16 * kExchangeBytes<D>;
-  const int num_slots = min(p.variant & 240 ? p.variant >> 4 & 15 : kMaxSlots, (device_info().shared_bytes - fixed) / kSlotBytes<D>);
-  if (num_slots < 3) return fail("decode attention needs %d bytes of shared memory", fixed + 3 * kSlotBytes<D>);
+  constexpr int kFixed = kHeaderBytes + kConsumers * kOutboxBytes<D>;
+  const int num_slots = min(kMaxSlots, (device_info().shared_bytes - kFixed) / kSlotBytes<D>);
+  if (num_slots < 3) return fail("decode attention needs %d bytes of shared memory", kFixed + 3 * kSlotBytes<D>);
   const int grid = min(device_info().multiprocessors, max(1, p.max_items * p.kv_heads));
-  return launch(split_kernel<T, D, WARPS>, dim3(grid), dim3(32 * (kConsumerWarps + WARPS)),
-                fixed + num_slots * kSlotBytes<D>, stream, p, num_slots);
+  return launch(split_kernel<T, D, METHOD>, dim3(grid), dim3(32 * (kConsumers + kProducers)),
+                kFixed + num_slots * kSlotBytes<D>, stream, p, num_slots);
+}
+
+// Whether the library holds sm_90a code and the GPU takes it; without, that kernel is empty.
+bool can_move_registers() {
+  static const bool can = [] {
+    cudaFuncAttributes attributes;
+    return device_info().major == 9 &&
+           cudaFuncGetAttributes(&attributes, split_kernel<bf16, 128, kMovesRegisters>) == cudaSuccess &&
+           attributes.numRegs > 64;
+  }();
+  return can;
+}
+
+template <class T, int D>
+int launch_kernel(const Problem& p, cudaStream_t stream) {
+  if (can_move_registers()) return launch_kernel<T, D, kMovesRegisters>(p, stream);
+  return launch_kernel<T, D, kPlain>(p, stream);
 }
 
 }  // namespace
 
 int launch_splits(const Problem& p, int64_t dtype, cudaStream_t stream) {
-  if (dtype == kBFloat16 && p.head_dim == 128 && (p.variant >> 12) == 1) return launch_kernel<bf16, 128, 1>(p, stream);
-  if (dtype == kBFloat16 && p.head_dim == 128 && (p.variant >> 12) == 2) return launch_kernel<bf16, 128, 2>(p, stream);
-  if (dtype == kBFloat16 && p.head_dim == 64) return launch_kernel<bf16, 64, 4>(p, stream);
-  if (dtype == kBFloat16 && p.head_dim == 128) return launch_kernel<bf16, 128, 4>(p, stream);
-  if (dtype == kFloat16 && p.head_dim == 64) return launch_kernel<fp16, 64, 4>(p, stream);
-  if (dtype == kFloat16 && p.head_dim == 128) return launch_kernel<fp16, 128, 4>(p, stream);
+  if (dtype == kBFloat16 && p.head_dim == 64) return launch_kernel<bf16, 64>(p, stream);
+  if (dtype == kBFloat16 && p.head_dim == 128) return launch_kernel<bf16, 128>(p, stream);
+  if (dtype == kFloat16 && p.head_dim == 64) return launch_kernel<fp16, 64>(p, stream);
+  if (dtype == kFloat16 && p.head_dim == 128) return launch_kernel<fp16, 128>(p, stream);
   return fail("decode attention on tensor cores takes head_dim 64 or 128, not %d", p.head_dim);
 }
 
