@@ -20,9 +20,6 @@ from cuda_ext.swiglu import swiglu_reference
 MAX_ROWS = 16
 """Rows of x that one launch takes."""
 
-TUNING = [6, 1, 0]
-TUNING_LAYER = [6, 1, 0]
-
 
 def can_skinny(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernel takes x [rows, in] and weight [out, in]."""
@@ -135,103 +132,6 @@ def norm_linear_swiglu_reference(
     return swiglu_reference(gate_up), summed
 
 
-def between_attentions(
-    attended: Tensor,
-    residual: Tensor,
-    o_weight: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    gate_up_weight: Tensor,
-    down_weight: Tensor,
-    next_norm_weight: Tensor,
-    next_weight: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """All matrix products from one attention to the next (or to the logits), in one launch.
-
-    It is :func:`skinny_linear`, :func:`norm_linear_swiglu`, :func:`skinny_linear` and :func:`norm_linear`, equal to
-    them to the bit. The stream of weights runs through: where the products wait for one another, the next weights
-    are on their way already.
-
-    Args:
-        attended: [rows, q_width], what the attention returned.
-        residual: [rows, hidden], the residual stream before it.
-        o_weight: [hidden, q_width].
-        norm_weight: [hidden], of the norm before the MLP.
-        eps: added to the mean square, in both norms.
-        gate_up_weight: [2 * ffn, hidden], the gate's rows first.
-        down_weight: [hidden, ffn].
-        next_norm_weight: [hidden], of the norm after this layer.
-        next_weight: [out, hidden], the next layer's fused query, key and value weight or the LM head.
-
-    Returns:
-        [rows, out], and the residual stream after the layer [rows, hidden].
-
-    Raises:
-        ValueError: as :func:`skinny_linear`.
-    """
-    if not attended.is_cuda:
-        return between_attentions_reference(
-            attended,
-            residual,
-            o_weight,
-            norm_weight,
-            eps,
-            gate_up_weight,
-            down_weight,
-            next_norm_weight,
-            next_weight,
-        )
-    rows, q_width = attended.shape
-    hidden, ffn, out = o_weight.shape[0], down_weight.shape[1], next_weight.shape[0]
-    like = attended.new_empty
-    projected, middle, mlp, residual_out = (like(rows, hidden) for _ in range(4))
-    act, y = like(rows, ffn), like(rows, out)
-    launch(
-        "skinny_layer",
-        attended,
-        residual,
-        o_weight,
-        norm_weight,
-        gate_up_weight,
-        down_weight,
-        next_norm_weight,
-        next_weight,
-        projected,
-        middle,
-        act,
-        mlp,
-        residual_out,
-        y,
-        attended.dtype,
-        rows,
-        q_width,
-        hidden,
-        ffn,
-        out,
-        float(eps),
-        *TUNING_LAYER,
-    )
-    return y, residual_out
-
-
-def between_attentions_reference(
-    attended: Tensor,
-    residual: Tensor,
-    o_weight: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    gate_up_weight: Tensor,
-    down_weight: Tensor,
-    next_norm_weight: Tensor,
-    next_weight: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """:func:`between_attentions` in plain torch, on any device."""
-    projected = skinny_linear_reference(attended, o_weight)
-    act, middle = norm_linear_swiglu_reference(projected, residual, norm_weight, eps, gate_up_weight)
-    mlp = skinny_linear_reference(act, down_weight)
-    return norm_linear_reference(mlp, middle, next_norm_weight, eps, next_weight)
-
-
 def _launch(
     x: Tensor,
     residual: Tensor | None,
@@ -286,6 +186,5 @@ def _launch(
         out,
         int(gated),
         float(eps),
-        *TUNING,
     )
     return y, summed

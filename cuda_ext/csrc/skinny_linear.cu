@@ -1,4 +1,4 @@
-// y = x W^T for few rows: how the work is cut, and the entry points.
+// y = x W^T for few rows: how the work is cut, and the entry point.
 #include <algorithm>
 
 #include "skinny_linear.cuh"
@@ -6,21 +6,21 @@
 namespace ember::skinny {
 
 template <class T, int kHalves, int kDepth>
-int run(const Chain& chain, int grid, cudaStream_t stream) {
+int run(const Problem& p, int grid, cudaStream_t stream) {
   return launch(skinny_linear_kernel<T, kHalves, kDepth>, dim3(grid), dim3(kThreads),
-                Layout<T, kHalves, kDepth>::kBytes, stream, chain);
+                Layout<T, kHalves, kDepth>::kBytes, stream, p);
 }
 
+// The deepest ring that the GPU has shared memory for.
 template <class T>
-int choose(const Chain& chain, int depth, int grid, cudaStream_t stream) {
-  if (chain.problems[0].rows > 8) return run<T, 2, 3>(chain, grid, stream);
-  return depth == 4 ? run<T, 1, 4>(chain, grid, stream) : run<T, 1, 6>(chain, grid, stream);
-}
-
-int choose(int64_t dtype, const Chain& chain, int depth, int grid, cudaStream_t stream) {
-  if (dtype == kBFloat16) return choose<bf16>(chain, depth, grid, stream);
-  if (dtype == kFloat16) return choose<fp16>(chain, depth, grid, stream);
-  return fail("skinny_linear takes bfloat16 and float16, not number format %lld", (long long)dtype);
+int choose(const Problem& p, int grid, cudaStream_t stream) {
+  const DeviceInfo& device = device_info();
+  if (p.rows > 8) {
+    const bool deep = device.major >= 9 && device.shared_bytes >= Layout<T, 2, 5>::kBytes;
+    return deep ? run<T, 2, 5>(p, grid, stream) : run<T, 2, 1>(p, grid, stream);
+  }
+  const bool deep = device.major >= 9 && device.shared_bytes >= Layout<T, 1, 6>::kBytes;
+  return deep ? run<T, 1, 6>(p, grid, stream) : run<T, 1, kSmallDepth>(p, grid, stream);
 }
 
 // Cuts the weight's width into segments whose x a CTA can hold, and its rows into a share for each CTA.
@@ -29,55 +29,29 @@ void cut(Problem& p, int multiprocessors) {
   const int least = (units + kSegmentUnits - 1) / kSegmentUnits;
   p.segment_units = (units + least - 1) / least;
   p.segments = (units + p.segment_units - 1) / p.segment_units;
+  p.steps = (p.segment_units + kWarps - 1) / kWarps;
   p.share_rows = p.out / multiprocessors;
   p.longer_shares = p.out % multiprocessors;
   const int longest = p.share_rows + (p.longer_shares ? 1 : 0);
   const int full = p.swiglu ? kTileRows / 2 : kTileRows;
   const int tiles = (longest + full - 1) / full;
   p.tile_rows = (longest + tiles - 1) / tiles;
+  p.block_rows = p.segments == 1 ? p.out : kBlockTiles * p.tile_rows;
 }
 
 }  // namespace ember::skinny
 
+// x [rows, in], weight [out, in] ([2 out, in] with SwiGLU), y [rows, out]; with a norm_weight x (+ residual) is
+// normalized first, and residual_out, where it is given, takes the sum.
 EMBER_API int ember_skinny_linear(const void* x, const void* residual, const void* norm_weight, const void* weight,
                                   const void* bias, void* y, void* residual_out, int64_t dtype, int64_t rows,
-                                  int64_t in, int64_t out, int64_t swiglu, float eps, int64_t depth, int64_t early,
-                                  int64_t trace, cudaStream_t stream) {
+                                  int64_t in, int64_t out, int64_t swiglu, float eps, cudaStream_t stream) {
   using namespace ember::skinny;
   const int multiprocessors = ember::device_info().multiprocessors;
-  Chain chain = {};
-  chain.count = 1;
-  Problem& p = chain.problems[0];
-  p = {x, residual, norm_weight, weight, bias, y, residual_out, (int)rows, (int)in, (int)out};
-  p.swiglu = (int)swiglu;
-  p.eps = eps;
-  p.early = (int)early, p.trace = (unsigned long long*)trace;
+  Problem p = {x, residual, norm_weight, weight, bias, y, residual_out, (int)rows, (int)in, (int)out, (int)swiglu, eps};
   cut(p, multiprocessors);
-  return choose(dtype, chain, (int)depth, std::min(multiprocessors, (int)out), stream);
-}
-
-EMBER_API int ember_skinny_layer(const void* attended, const void* residual, const void* o_weight,
-                                 const void* norm_weight, const void* gate_up_weight, const void* down_weight,
-                                 const void* next_norm_weight, const void* next_weight, void* projected, void* middle,
-                                 void* act, void* mlp, void* residual_out, void* y, int64_t dtype, int64_t rows,
-                                 int64_t attended_width, int64_t hidden, int64_t ffn, int64_t next_out, float eps,
-                                 int64_t depth, int64_t early, int64_t trace, cudaStream_t stream) {
-  using namespace ember::skinny;
-  const int multiprocessors = ember::device_info().multiprocessors;
-  Chain chain = {};
-  chain.count = 4;
-  const int m = (int)rows, h = (int)hidden;
-  chain.problems[0] = {attended, nullptr, nullptr, o_weight, nullptr, projected, nullptr, m, (int)attended_width, h};
-  chain.problems[1] = {projected, residual, norm_weight, gate_up_weight, nullptr, act, middle, m, h, (int)ffn};
-  chain.problems[1].swiglu = 1;
-  chain.problems[2] = {act, nullptr, nullptr, down_weight, nullptr, mlp, nullptr, m, (int)ffn, h};
-  chain.problems[3] = {mlp, middle, next_norm_weight, next_weight, nullptr, y, residual_out, m, h, (int)next_out};
-  for (int i = 0; i < chain.count; ++i) {
-    Problem& p = chain.problems[i];
-    p.eps = eps;
-    p.early = (int)early;
-    if (trace) p.trace = (unsigned long long*)trace + i * 132 * 8;
-    cut(p, multiprocessors);
-  }
-  return choose(dtype, chain, (int)depth, multiprocessors, stream);
+  const int grid = std::min(multiprocessors, (int)out);
+  if (dtype == ember::kBFloat16) return choose<ember::bf16>(p, grid, stream);
+  if (dtype == ember::kFloat16) return choose<ember::fp16>(p, grid, stream);
+  return ember::fail("skinny_linear takes bfloat16 and float16, not number format %lld", (long long)dtype);
 }

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from cuda_ext.skinny_linear import (
     MAX_ROWS,
-    between_attentions,
     can_skinny,
     norm_linear,
     norm_linear_reference,
@@ -127,25 +126,6 @@ def test_a_row_does_not_depend_on_the_others(width: int, out: int) -> None:
         assert torch.equal(norm_linear(some, other, norm_weight, EPS, weight)[0], normed[MAX_ROWS - rows :])
         act, _ = norm_linear_swiglu(some, other, norm_weight, EPS, weight[: out // 2 * 2])
         assert torch.equal(act, gated[MAX_ROWS - rows :])
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("q_width", "hidden", "ffn", "out"), [(4096, 2560, 9728, 6144), (2048, 1024, 3072, 2117), (72, 64, 40, 3)]
-)
-def test_between_attentions_is_its_four_parts(
-    q_width: int, hidden: int, ffn: int, out: int, dtype: torch.dtype
-) -> None:
-    o, gate_up = _weight(hidden, q_width, dtype), _weight(2 * ffn, hidden, dtype)
-    down, last = _weight(hidden, ffn, dtype), _weight(out, hidden, dtype)
-    norm, next_norm = (1 + 0.3 * _randn(hidden, seed=seed, dtype=dtype) for seed in (6, 7))
-    for rows in (1, 4, 8, 11, 16):
-        attended, residual = _randn(rows, q_width, seed=rows, dtype=dtype), _randn(rows, hidden, seed=99, dtype=dtype)
-        act, middle = norm_linear_swiglu(skinny_linear(attended, o), residual, norm, EPS, gate_up)
-        expected, expected_residual = norm_linear(skinny_linear(act, down), middle, next_norm, EPS, last)
-        for _ in range(3):
-            y, summed = between_attentions(attended, residual, o, norm, EPS, gate_up, down, next_norm, last)
-            assert torch.equal(summed, expected_residual) and torch.equal(y, expected)
 
 
 def test_a_chain_of_layers_in_a_graph_is_the_same_every_time() -> None:
