@@ -20,7 +20,7 @@ constexpr int kUnit = 64;                          // columns of W that a warp t
 constexpr int kUnitBytes = kTileRows * kUnit * 2;  // of one row tile
 constexpr int kSteps = 3;                          // units of a row tile whose x a warp holds in registers
 constexpr int kSegmentUnits = kWarps * kSteps;     // wider weights are walked through in segments
-constexpr int kBlockTiles = 4;                      // row tiles that share one reading of x's segments
+constexpr int kBlockTiles = 4;                     // row tiles that share one reading of x's segments
 constexpr int kSumPitch = 20;                      // floats between columns of a warp's sums: no bank is hit twice
 
 struct Problem {
