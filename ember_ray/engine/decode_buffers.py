@@ -9,7 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cuda_ext.decode_groups import ITEM_QUERY_ROWS, DecodeArrays, DecodeCapacity, DecodeGroups, build_decode_groups
+from cuda_ext.decode_groups import (
+    ITEM_QUERY_ROWS,
+    SPLIT_TOKENS,
+    DecodeArrays,
+    DecodeCapacity,
+    DecodeGroups,
+    build_decode_groups,
+)
 from cuda_ext.decode_state import MAX_STOP_IDS, RowParams
 from ember_ray.engine.sequence import Sequence
 from ember_ray.engine.step_inputs import decode_group_arrays
@@ -30,6 +37,12 @@ _ROW_DTYPES = {
 }
 
 
+FEW_ROWS, MANY_ROWS_SPLIT, FEW_ROWS_SPLIT = 32, 1024, 256
+"""Tokens of a piece of attention's work: long pieces leave few partial results to merge, short ones let many
+multiprocessors share a few sequences. Fixed for an engine by the most rows that it may have, so that a row's result
+never depends on what else is in the batch."""
+
+
 def _grown(have: DecodeCapacity, need: DecodeCapacity) -> DecodeCapacity:
     """Twice the need where it is more than there is."""
     fields = ("prefix_blocks", "suffix_blocks", "items", "partials")
@@ -47,6 +60,8 @@ class DecodeBuffers:
 
     def __init__(self, rows: int, block_size: int, share: int, device: str) -> None:
         self._rows, self._block_size, self._share, self._device = rows, block_size, share, device
+        split = FEW_ROWS_SPLIT if rows <= FEW_ROWS else MANY_ROWS_SPLIT
+        self._split = SPLIT_TOKENS if split % block_size else split
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             name: ((rows, MAX_STOP_IDS) if name == "stop_ids" else (rows,), dtype)
             for name, dtype in _ROW_DTYPES.items()
@@ -58,8 +73,9 @@ class DecodeBuffers:
 
     def _make_groups(self, capacity: DecodeCapacity) -> None:
         empty = build_decode_groups(
-            [], [], [], [], [], block_size=self._block_size, heads_per_kv_head=self._share, capacity=capacity
-        )
+            [], [], [], [], [], block_size=self._block_size, heads_per_kv_head=self._share, capacity=capacity,
+            split_tokens=self._split,
+        )  # fmt: skip
         # on a CPU the first shares the memory of the arrays that it is made of
         self._groups, self._padding = empty.to(self._device), empty.laid_out(capacity)
 
@@ -82,7 +98,7 @@ class DecodeBuffers:
             The width of the kernel's work items that it needs, a power of two of rows or the most there is; and whether
             the buffers had to be made anew, at other places, because they were too small.
         """
-        arrays = decode_group_arrays(decodes, self._block_size, self._share, counts)
+        arrays = decode_group_arrays(decodes, self._block_size, self._share, counts, self._split)
         moved = not self._groups.capacity.holds(arrays.capacity)
         if moved:
             self._make_groups(_grown(self._groups.capacity, arrays.capacity))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from cuda_ext.decode_groups import DecodeArrays, DecodeGroups, build_decode_groups
+from cuda_ext.decode_groups import SPLIT_TOKENS, DecodeArrays, DecodeGroups, build_decode_groups
 from cuda_ext.prefill_attention import PrefillBatch
 from ember_ray.engine.scheduler import StepPlan
 from ember_ray.engine.sequence import PromptGroup, Sequence
@@ -44,12 +44,15 @@ def slots_of(block_table: list[int], block_size: int, first: int, last: int) -> 
     return np.asarray(block_table, dtype=np.int64)[places // block_size] * block_size + places % block_size
 
 
-def decode_group_arrays(decodes: Seq[Sequence], block_size: int, share: int, counts: Seq[int]) -> DecodeArrays:
+def decode_group_arrays(
+    decodes: Seq[Sequence], block_size: int, share: int, counts: Seq[int], split_tokens: int = SPLIT_TOKENS
+) -> DecodeArrays:
     """Arranges decoding candidates, ordered by group, for attention that reads each group's prefix once.
 
     Args:
         share: query heads of a KV head.
         counts: decode steps that are planned for each candidate; it holds for as many as the most of them.
+        split_tokens: tokens of a piece of work.
     """
     groups: list[PromptGroup] = []
     sizes: list[int] = []
@@ -75,6 +78,7 @@ def decode_group_arrays(decodes: Seq[Sequence], block_size: int, share: int, cou
         lengths,
         block_size=block_size,
         heads_per_kv_head=share,
+        split_tokens=split_tokens,
         steps=num_steps,
     )
 

@@ -137,6 +137,22 @@ def test_random_shapes(seed: int, dtype: torch.dtype) -> None:
     assert torch.equal(out, again), "two runs differ"
 
 
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("split_tokens", [256, 1024])
+def test_pieces_of_other_lengths(split_tokens: int, seed: int) -> None:
+    """Prefixes and suffixes of several pieces, also with more KV blocks a piece than the kernel keeps at once."""
+    random = np.random.default_rng(seed)
+    dtype, block_size = (torch.bfloat16, torch.float16, torch.float32)[seed % 3], (16, 32)[seed % 2]
+    groups = [
+        (int(random.integers(1, 4200)), random.integers(1, 2300, random.integers(1, 10)).tolist())
+        for _ in range(random.integers(1, 4))
+    ]
+    case = make_case(groups, (32, 8), 128, block_size, dtype, seed)
+    arrays = case.arrays(split_tokens=split_tokens)
+    out = group_decode_attention(case.q, case.k_cache, case.v_cache, arrays.to("cuda"), case.scale)
+    assert_near(out, case.reference(arrays), dtype)
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_generic_kernel_on_what_tensor_cores_take(head_dim: int, dtype: torch.dtype) -> None:
