@@ -134,6 +134,7 @@ def test_rope_write_equals_the_reference(dtype: torch.dtype, head_dim: int, shap
 
 def captured(run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # the inputs may still be in the making
     with torch.cuda.stream(stream):
         run()
     torch.cuda.synchronize()

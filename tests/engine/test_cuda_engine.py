@@ -271,8 +271,8 @@ def test_the_pool_takes_what_is_free_and_not_more(folders: dict) -> None:
     folder, _ = folders["dim128"]
     made = engine(folder, poison=False, num_kv_blocks=None, gpu_memory_utilization=0.5, dtype="bfloat16")
     rollout(made, requests(8))
-    free, total = torch.cuda.mem_get_info()
-    assert 0.4 * total < total - free < 0.55 * total
+    total = torch.cuda.mem_get_info()[1]
+    assert 0.4 * total < torch.cuda.memory_reserved() < 0.52 * total  # of this process; others may be on the GPU too
     with pytest.raises(ValueError, match=r"no GPU memory is left for KV blocks: .* GiB in all"):
         engine(folder, poison=False, num_kv_blocks=None, gpu_memory_utilization=0.002)
 
