@@ -10,7 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -184,8 +183,7 @@ def test_the_wheel_holds_every_module_and_data_file_and_nothing_else(wheel: Path
 @pytest.mark.skipif(build_cuda.find_nvcc() is None, reason="there is no nvcc on this machine")
 def test_a_wheel_from_the_sdist_holds_a_library_that_loads(source: Path, tmp_path: Path) -> None:
     sdist, _ = build("sdist", source, tmp_path, EMBER_SKIP_CUDA="1")
-    with tarfile.open(sdist) as archive:
-        archive.extractall(tmp_path / "unpacked", filter="data")
+    shutil.unpack_archive(sdist, tmp_path / "unpacked")
     unpacked = next((tmp_path / "unpacked").iterdir())
     kernels = unpacked / "cuda_ext" / "csrc"
     assert {path.name for path in kernels.iterdir()} == {path.name for path in build_cuda.SOURCES.iterdir()}

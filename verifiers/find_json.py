@@ -36,7 +36,7 @@ _OPENER = re.compile(
     r"""|\[(?=[ \t\n\r]*+(?:["'{\[\]0-9tfnNI-]|\Z))"""
 )
 # The closing quote is optional: an unfinished string is swallowed whole instead of being tried again at every quote.
-_BRACKET = re.compile(r'"(?:[^"\\\n]++|\\.)*+"?|(?P<open>[{\[])|(?P<close>[}\]])')
+_BRACKET = re.compile(r'"[^"\\\n]*+(?:\\.[^"\\\n]*+)*"?|(?P<open>[{\[])|(?P<close>[}\]])')
 _FENCE_OPEN = re.compile(r"```[A-Za-z0-9_+-]*")
 
 

@@ -17,12 +17,13 @@ from verifiers import limits
 _SPACE = r"[ \t\n\r]*+"
 # Possessive quantifiers: a failed match gives nothing back, so each try is linear. The closing quote is optional, so
 # that an unfinished string is one token and the reader knows how far it went.
+# No group is possessive: before Python 3.11.5 one that fails half way keeps what it took (python/cpython#106052).
 _TOKEN = re.compile(
     _SPACE
     + r"""(?:
         (?P<mark>[{}\[\],:])
-      | (?P<string>"(?:[^"\\\x00-\x1f]++|\\[^\x00-\x1f])*+)(?P<close>"?)
-      | (?P<number>-?(?:0|[1-9][0-9]*+)(?P<fraction>(?:\.[0-9]++)?+(?:[eE][+-]?[0-9]++)?+)(?![0-9A-Za-z_.+-]))
+      | (?P<string>"[^"\\\x00-\x1f]*+(?:\\[^\x00-\x1f][^"\\\x00-\x1f]*+)*)(?P<close>"?)
+      | (?P<number>-?(?:0|[1-9][0-9]*+)(?P<fraction>(?:\.[0-9]++)?(?:[eE][+-]?[0-9]++)?)(?![0-9A-Za-z_.+-]))
       | (?P<word>(?:true|false|null)(?![0-9A-Za-z_]))
     )""",
     re.VERBOSE,
