@@ -43,8 +43,8 @@ MUTANTS = [
     Mutant(
         name="publication-no-op",  # the version counts up, the weights stay
         module="ember_ray.model.slots",
-        old="self._resident[version] = self._staged.pop(version)",
-        new="self._resident[version] = self._staged.pop(version) and {}",
+        old="self._activate(adapter)",
+        new="self._activate(adapter and {})",
         tests=("tests/engine/test_generate.py", "-k", "switch"),
     ),
     Mutant(
