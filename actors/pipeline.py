@@ -216,7 +216,7 @@ class StageBatch:
         errors: list[BaseException] = []
         end = time.monotonic() + GRACE_S
         while self._streams and time.monotonic() < end:
-            ready, _ = ray.wait(self.waitables, timeout=end - time.monotonic())
+            ready, _ = ray.wait(self.waitables, timeout=max(0.0, end - time.monotonic()))
             for stream in ready:
                 stage = self._streams[stream]
                 try:
