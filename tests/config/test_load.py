@@ -14,7 +14,10 @@ from ember_ray.config.cli import find_config
 from ember_ray.config.describe import keys_of, nested_values
 from ember_ray.config.errors import ConfigError
 from ember_ray.config.load import as_overrides, dump_yaml, load_config
-from ember_ray.config.schema import DpoExtractConfig, DpoSection, LoraSection, RewardSection
+from ember_ray.config.learning import DpoSection
+from ember_ray.config.schema import DpoExtractConfig
+from ember_ray.config.sections import LoraSection
+from ember_ray.config.task_sections import ExtractRewardSection
 
 NAMES = st.text(st.sampled_from("abcxyz019_.-"), min_size=1, max_size=12).filter(lambda text: text[0].isalnum())
 TEXTS = st.text(min_size=1, max_size=20).filter(lambda text: text.isprintable())
@@ -166,9 +169,9 @@ def test_strict_spread_needs_a_cluster_only_with_several_stages() -> None:
 
 
 def test_zero_shares_may_be_given_beside_default_ones() -> None:
-    RewardSection(weights={"parse": 0, "schema": 0})
+    ExtractRewardSection(weights={"parse": 0, "schema": 0})
     with pytest.raises(ValueError, match="all 0"):
-        RewardSection(weights={"parse": 0, "schema": 0, "fields": 0, "clean": 0})
+        ExtractRewardSection(weights={"parse": 0, "schema": 0, "fields": 0, "clean": 0})
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from ember_ray.config.plan import format_bytes, render_plan, stage_plans
-from ember_ray.config.schema import DpoExtractConfig, DpoSection, RolloutSection
+from ember_ray.config.learning import DpoSection
+from ember_ray.config.schema import DpoExtractConfig
+from ember_ray.config.sections import RolloutSection
 
 
 def test_kv_cache_is_counted_for_keys_and_values_of_the_stage_layers() -> None:

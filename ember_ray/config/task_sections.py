@@ -1,0 +1,95 @@
+"""The settings of a task: its data and how an answer becomes one number. One pair of sections a task."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from ember_ray.config.sections import PositiveInt, Section, Weight
+
+
+class DataSection(Section):
+    """``data.*``, whatever the task."""
+
+    train_examples: PositiveInt = Field(2048, description="Training rows that the generator makes.")
+    train_path: str | None = Field(
+        None, description="Own training rows (JSONL, Parquet or a Hugging Face folder); null = generated."
+    )
+    eval_path: str | None = Field(None, description="Own held-out rows; given together with data.train_path.")
+    chat_template: bool = Field(
+        True, description="Put a row's text prompt into the chat template as the user's turn; false = as it is."
+    )
+    eval_prompts: PositiveInt = Field(256, description="Held-out prompts on which before and after are measured.")
+    eval_samples: PositiveInt = Field(
+        4, description="Sampled candidates of each held-out prompt (one greedy comes on top)."
+    )
+
+    @model_validator(mode="after")
+    def _both_files(self) -> DataSection:
+        if (self.train_path is None) != (self.eval_path is None):
+            given, absent = ("train_path", "eval_path") if self.eval_path is None else ("eval_path", "train_path")
+            raise ValueError(
+                f"data.{given} is set but data.{absent} is not, so training and held-out prompts would be of "
+                "different tasks; set both or neither"
+            )
+        return self
+
+
+class ExtractDataSection(DataSection):
+    """``data.*`` of JSON extraction."""
+
+    difficulty: Literal["easy", "hard", "hard_rule"] = Field(
+        "easy", description="Which documents the generator makes (not used with own files)."
+    )
+
+
+class RewardSection(Section):
+    """``reward.*``, whatever the task."""
+
+    shares: ClassVar[tuple[str, ...]]
+    """Parts of the decomposed design."""
+
+    design: Literal["binary", "weighted", "decomposed"] = Field(
+        "decomposed",
+        description="binary: exact or not; weighted: parts of the answer by weight; decomposed: by stages.",
+    )
+    weights: dict[str, Weight] = Field({}, description="Weights of the design.")
+    functions: dict[str, Weight] = Field(
+        {},
+        description="Reward functions and their weights, e.g. {json_extraction: 1, mine.py:short: 0.2}: package.module:"
+        "function or file.py:function with TRL's signature; empty = the task's own verifier.",
+    )
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> RewardSection:
+        if self.weights and self.design == "binary":
+            raise ValueError(
+                "reward.weights has no use with reward.design=binary; leave it out or choose another design"
+            )
+        unknown = set(self.weights) - set(self.shares)
+        if self.design == "decomposed" and unknown:
+            raise ValueError(
+                f"reward.weights names '{min(unknown)}'; with reward.design=decomposed it takes "
+                f"{', '.join(self.shares)}"
+            )
+        # shares left out keep their defaults
+        complete = self.design == "weighted" or len(self.weights) == len(self.shares)
+        if self.weights and complete and not any(self.weights.values()):
+            raise ValueError("reward.weights are all 0, so every reward would be 0; make one positive")
+        if self.functions and not any(self.functions.values()):
+            raise ValueError("reward.functions have weights of 0 only, so every reward would be 0; make one positive")
+        return self
+
+
+class ExtractRewardSection(RewardSection):
+    """``reward.*`` of JSON extraction."""
+
+    shares: ClassVar[tuple[str, ...]] = ("parse", "schema", "fields", "clean")
+
+    design: Literal["binary", "weighted", "decomposed"] = Field(
+        "decomposed", description="binary: exact or not; weighted: fields by weight; decomposed: parse, schema, fields."
+    )
+    weights: dict[str, Weight] = Field(
+        {}, description="Weights of fields by dotted path (weighted), or of parse, schema, fields, clean (decomposed)."
+    )
