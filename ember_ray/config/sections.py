@@ -25,7 +25,7 @@ class ModelSection(Section):
     path: str | None = Field(None, description="Hugging Face folder of a dense Qwen3; null = the shipped tiny model.")
     adapter: str | None = Field(
         None,
-        description="PEFT adapter folder to start from (e.g. RUN/adapter of an SFT run); its shape must be that of lora.*.",
+        description="PEFT adapter folder to start from, e.g. RUN/adapter of an SFT run; its shape must be that of lora.*.",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="Number format of the engine's weights and KV cache."

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from ember_ray.config.cli import find_config
 from ember_ray.config.describe import keys_of, nested_values
 from ember_ray.config.errors import ConfigError
-from ember_ray.config.load import as_overrides, dump_yaml, load_config
 from ember_ray.config.learning import DpoSection
+from ember_ray.config.load import as_overrides, dump_yaml, load_config
 from ember_ray.config.schema import DpoExtractConfig
 from ember_ray.config.sections import LoraSection
 from ember_ray.config.task_sections import ExtractRewardSection

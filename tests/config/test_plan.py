@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ember_ray.config.plan import format_bytes, render_plan, stage_plans
 from ember_ray.config.learning import DpoSection
+from ember_ray.config.plan import format_bytes, render_plan, stage_plans
 from ember_ray.config.schema import DpoExtractConfig
 from ember_ray.config.sections import RolloutSection
 
