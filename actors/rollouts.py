@@ -47,6 +47,24 @@ class Rollouts:
         limit = self._limits.start * (self._limits.failures + 1)
         self._wait(self._starting, "the start of the stages", limit, on_progress)
 
+    def begin(
+        self, rows: Sequence[PromptRow], num_candidates: int, sampling_params: SamplingParams, round_number: int
+    ) -> Any:
+        """Begins to generate and score ``num_candidates`` candidates of every row; see `Coordinator.rollout`.
+
+        Returns:
+            What `finish` takes. Calls to the coordinator are served one after the other: a publication that is asked
+            for meanwhile comes after the rollout.
+        """
+        return self.handle.rollout.remote(rows, num_candidates, sampling_params, round_number)
+
+    def finish(self, begun: Any, on_progress: OnProgress | None = None) -> RolloutResult:
+        """Waits for a rollout.
+
+        The rollout as a whole has no limit (a stalled one fails by ``limits.stall``), its progress calls have.
+        """
+        return self._wait(begun, "the rollout", DAY_S, on_progress)
+
     def rollout(
         self,
         rows: Sequence[PromptRow],
@@ -55,12 +73,8 @@ class Rollouts:
         round_number: int,
         on_progress: OnProgress | None = None,
     ) -> RolloutResult:
-        """Generates and scores ``num_candidates`` candidates of every row; see `Coordinator.rollout`.
-
-        The rollout as a whole has no limit (a stalled one fails by ``limits.stall``), its progress calls have.
-        """
-        ref = self.handle.rollout.remote(rows, num_candidates, sampling_params, round_number)
-        return self._wait(ref, "the rollout", DAY_S, on_progress)
+        """`begin` and `finish` in one call."""
+        return self.finish(self.begin(rows, num_candidates, sampling_params, round_number), on_progress)
 
     def publish(self, update: Any) -> int:
         """Makes an adapter the official policy on all stages or on none.
