@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from ember_ray.train.schedule import SCHEDULES
 
@@ -47,35 +48,32 @@ class LoraOptions:
 
 
 @dataclass(frozen=True)
-class DpoOptions:
-    """How to learn from pairs, as in ``trl.DPOConfig``.
+class LearnerOptions:
+    """What every learner can be told, as in ``transformers.TrainingArguments``; the base of their own options.
 
     Attributes:
         learning_rate: peak of the schedule (AdamW, no weight decay).
         lr_scheduler_type: ``constant``, ``linear`` or ``cosine``, see ``ember_ray.train.schedule``.
         warmup_steps: optimizer steps of linear warm-up at the start of the run; below 1, a share of the planned ones.
-        beta: how strongly the policy is held to the reference, the base model.
-        loss_type, loss_weights: TRL's losses and their weights (None: 1 each); ``sft`` is the negative
-            log-likelihood of the chosen answer.
-        per_device_train_batch_size: pairs in one forward pass.
+        per_device_train_batch_size: rows in one forward pass.
         gradient_accumulation_steps: forward passes in one optimizer step.
-        epochs_per_round: times each round's pairs are used.
+        epochs_per_round: times each round's rows are used.
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
-        max_length: pairs with a longer prompt + answer (tokens) are left out and counted, never cut;
+        max_length: rows with a longer prompt + answer (tokens) are left out and counted, never cut;
             None takes the model's context length.
         planned_steps: optimizer steps of the whole run, the length of the schedule; needed unless it is constant.
-        seed: of the adapter's first A, the order of pairs and the dropout.
+        seed: of the adapter's first A, the order of rows and the dropout.
 
     Raises:
         ValueError: a value is out of range; the message names it.
     """
 
+    section: ClassVar[str] = "learner"
+    """Before the names of options in messages and in saved states."""
+
     learning_rate: float = 3e-4
     lr_scheduler_type: str = "constant"
     warmup_steps: float = 0
-    beta: float = 0.1
-    loss_type: tuple[str, ...] = ("sigmoid", "sft")
-    loss_weights: tuple[float, ...] | None = None
     per_device_train_batch_size: int = 16
     gradient_accumulation_steps: int = 1
     epochs_per_round: int = 1
@@ -85,30 +83,21 @@ class DpoOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "beta"):
-            value = getattr(self, name)
-            _need(math.isfinite(value) and value > 0, "dpo", f"{name} must be finite and above 0, not {value}")
-        _need(self.max_grad_norm >= 0, "dpo", f"max_grad_norm must be at least 0, not {self.max_grad_norm}")
+        rate = self.learning_rate
+        self._need(math.isfinite(rate) and rate > 0, f"learning_rate must be finite and above 0, not {rate}")
+        self._need(self.max_grad_norm >= 0, f"max_grad_norm must be at least 0, not {self.max_grad_norm}")
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "epochs_per_round"):
-            _need(getattr(self, name) >= 1, "dpo", f"{name} must be at least 1, not {getattr(self, name)}")
-        known = self.lr_scheduler_type in SCHEDULES
-        _need(known, "dpo", f"lr_scheduler_type must be one of {', '.join(SCHEDULES)}, not '{self.lr_scheduler_type}'")
-        _need(self.warmup_steps >= 0, "dpo", f"warmup_steps must be at least 0, not {self.warmup_steps}")
+            self._need(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        kind = self.lr_scheduler_type
+        self._need(kind in SCHEDULES, f"lr_scheduler_type must be one of {', '.join(SCHEDULES)}, not '{kind}'")
+        self._need(self.warmup_steps >= 0, f"warmup_steps must be at least 0, not {self.warmup_steps}")
         if self.planned_steps is None:
-            constant = self.lr_scheduler_type.startswith("constant")
-            _need(constant, "dpo", f"planned_steps is needed for lr_scheduler_type '{self.lr_scheduler_type}'")
+            self._need(kind.startswith("constant"), f"planned_steps is needed for lr_scheduler_type '{kind}'")
             share = 0 < self.warmup_steps < 1
-            _need(not share, "dpo", f"planned_steps is needed for warmup_steps as a share ({self.warmup_steps})")
+            self._need(not share, f"planned_steps is needed for warmup_steps as a share ({self.warmup_steps})")
         else:
-            _need(self.planned_steps >= 1, "dpo", f"planned_steps must be at least 1, not {self.planned_steps}")
-        _need(bool(self.loss_type) and not isinstance(self.loss_type, str), "dpo", "loss_type must be a list of losses")
-        weights = self.loss_weights
-        _need(
-            weights is None or len(weights) == len(self.loss_type),
-            "dpo",
-            f"loss_weights must have one weight for each of loss_type's {len(self.loss_type)}",
-        )
-        _need(self.max_length is None or self.max_length >= 2, "dpo", "max_length must be at least 2 tokens")
+            self._need(self.planned_steps >= 1, f"planned_steps must be at least 1, not {self.planned_steps}")
+        self._need(self.max_length is None or self.max_length >= 2, "max_length must be at least 2 tokens")
 
     @property
     def whole_warmup_steps(self) -> int:
@@ -116,6 +105,38 @@ class DpoOptions:
         if 0 < self.warmup_steps < 1:
             return math.ceil((self.planned_steps or 0) * self.warmup_steps)
         return int(self.warmup_steps)
+
+    def _need(self, ok: bool, message: str) -> None:
+        _need(ok, self.section, message)
+
+
+@dataclass(frozen=True)
+class DpoOptions(LearnerOptions):
+    """How to learn from pairs, as in ``trl.DPOConfig``.
+
+    Attributes:
+        beta: how strongly the policy is held to the reference, the policy that the run started from.
+        loss_type, loss_weights: TRL's losses and their weights (None: 1 each); ``sft`` is the negative
+            log-likelihood of the chosen answer.
+
+    Raises:
+        ValueError: a value is out of range; the message names it.
+    """
+
+    section: ClassVar[str] = "dpo"
+
+    beta: float = 0.1
+    loss_type: tuple[str, ...] = ("sigmoid", "sft")
+    loss_weights: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._need(math.isfinite(self.beta) and self.beta > 0, f"beta must be finite and above 0, not {self.beta}")
+        self._need(bool(self.loss_type) and not isinstance(self.loss_type, str), "loss_type must be a list of losses")
+        self._need(
+            self.loss_weights is None or len(self.loss_weights) == len(self.loss_type),
+            f"loss_weights must have one weight for each of loss_type's {len(self.loss_type)}",
+        )
 
 
 def _need(ok: bool, what: str, message: str) -> None:

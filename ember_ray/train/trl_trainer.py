@@ -1,6 +1,6 @@
-"""TRL's DPOTrainer, watched: numbers that are not finite end a round before they reach the weights.
+"""TRL's trainers, watched: numbers that are not finite end a round before they reach the weights.
 
-Importing this module imports torch, transformers and TRL (several seconds): do so late.
+Importing this module imports torch and transformers (seconds): do so late.
 """
 
 from __future__ import annotations
@@ -16,25 +16,31 @@ import huggingface_hub.constants as hub_constants
 import numpy
 import torch
 from transformers import TrainerCallback
-from trl import DPOTrainer
 
 from ember_ray.train.errors import LearnerError
 
 
-class WatchedDPOTrainer(DPOTrainer):
-    """Refuses a loss that is NaN or infinite."""
+class FiniteLoss:
+    """Goes before a TRL trainer and refuses a loss that is NaN or infinite; see `watched`."""
+
+    state: Any
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         loss = result[0] if return_outputs else result
         if not bool(torch.isfinite(loss).all()):
             raise LearnerError(
                 f"the loss became {float(loss.detach())} in step {self.state.global_step + 1} of the round, so "
-                "learning stopped; lower the learning rate or look at the base model and the pairs"
+                "learning stopped; lower the learning rate or look at the base model and what was learnt from"
             )
         return result
+
+
+def watched(trainer: type) -> Any:
+    """A class of the TRL trainer that refuses losses which are not finite."""
+    return type(f"Watched{trainer.__name__}", (FiniteLoss, trainer), {})
 
 
 class StepWatch(TrainerCallback):
