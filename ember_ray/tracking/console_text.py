@@ -17,6 +17,7 @@ MEASURES = (
     ("exact_match_sampled", "exact match sampled"),
     ("exact_match_greedy", "exact match greedy"),
     ("f1", "field F1 sampled"),
+    ("rows", "overlap of rows"),
     ("reward_mean", "reward sampled"),
 )
 _COLUMNS = (
@@ -108,6 +109,8 @@ def before_after(summary: Mapping[str, Any]) -> Table:
     for title in ("before", "after", "gain"):
         table.add_column(title, justify="right", no_wrap=True)
     for key, name in MEASURES:
+        if before is not None and key not in before:
+            continue  # the task does not have it
         interval = gain.get(f"{key}_interval") if gain is not None else None
         style = "dim" if interval is None or interval[0] <= 0 <= interval[1] else "green" if interval[0] > 0 else "red"
         table.add_row(

@@ -8,34 +8,31 @@ from typing import Any
 import numpy as np
 
 from ember_ray.data.scored_group import ScoredCandidate, ScoredGroup
+from ember_ray.tracking.bootstrap import PerPrompt, interval, measured
 
-RESAMPLES = 2000
-CONFIDENCE = 0.95
-
-MEASURES = ("reward_mean", "exact_match_sampled", "exact_match_greedy", "f1")
+MEASURES = ("reward_mean", "exact_match_sampled", "exact_match_greedy", "f1", "rows")
+"""What ``summarize`` measures; ``f1`` of JSON fields and ``rows``, the overlap of results, where a task has them."""
 
 
 def summarize(groups_sampled: Sequence[ScoredGroup], groups_greedy: Sequence[ScoredGroup], seed: int) -> dict[str, Any]:
     """Means over held-out candidates and their 95 % intervals.
 
-    Samples of one prompt are alike, so the interval is a percentile bootstrap over prompts (the
-    cluster bootstrap; Cameron and Miller 2015, section VI.C), 2,000 resamples. A candidate on which
+    The interval is a percentile bootstrap over prompts, 2,000 resamples (``bootstrap.py``). A candidate on which
     the verifier failed (``reward`` None) is left out and counted.
 
     Args:
-        groups_sampled: candidates drawn at the rollout temperature; give ``reward_mean``,
-            ``exact_match_sampled`` and ``f1``.
+        groups_sampled: candidates drawn at the rollout temperature; give all measures but ``exact_match_greedy``.
         groups_greedy: one greedy candidate a prompt; gives ``exact_match_greedy``.
         seed: of the resampling.
 
     Returns:
         For each of ``MEASURES`` the mean and ``<measure>_interval: [low, high]`` (both None without a
-        judged candidate), and ``prompts``, ``samples``, ``verifier_failures``.
+        judged candidate), and ``prompts``, ``samples``, ``verifier_failures``. A measure whose component the
+        verifier does not give is left out.
     """
     result: dict[str, Any] = {}
-    for measure, (sums, counts) in _per_prompt(groups_sampled, groups_greedy).items():
-        result[measure] = _ratio(sums, counts)
-        result[f"{measure}_interval"] = _interval(_resampled(sums, counts, seed))
+    for measure, values in _per_prompt(groups_sampled, groups_greedy).items():
+        result |= measured(measure, values, seed)
     result["prompts"] = len(groups_sampled)
     result["samples"] = sum(len(group.candidates) for group in groups_sampled)
     result["verifier_failures"] = sum(
@@ -59,7 +56,7 @@ def gains(
         seed: of the resampling.
 
     Returns:
-        ``<measure>`` and ``<measure>_interval`` for each of ``MEASURES``.
+        ``<measure>`` and ``<measure>_interval`` for each of ``MEASURES`` that both have.
 
     Raises:
         ValueError: the prompts differ.
@@ -69,49 +66,41 @@ def gains(
             raise ValueError("before and after were measured on different prompts")
     result: dict[str, Any] = {}
     old, new = _per_prompt(*before), _per_prompt(*after)
-    for measure in MEASURES:
-        means = _ratio(*old[measure]), _ratio(*new[measure])
+    for measure in (name for name in MEASURES if name in old and name in new):
+        means = old[measure].mean, new[measure].mean
         result[measure] = None if None in means else means[1] - means[0]  # type: ignore[operator]
-        first, second = _resampled(*old[measure], seed), _resampled(*new[measure], seed)
-        result[f"{measure}_interval"] = None if first is None or second is None else _interval(second - first)
+        first, second = old[measure].resampled(seed), new[measure].resampled(seed)
+        result[f"{measure}_interval"] = None if first is None or second is None else interval(second - first)
     return result
 
 
-def _per_prompt(
-    sampled: Sequence[ScoredGroup], greedy: Sequence[ScoredGroup]
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Per measure, the sum and the number of judged candidates of each prompt, float64 [prompts] each."""
+def component_means(groups: Sequence[ScoredGroup], name: str) -> PerPrompt | None:
+    """Sum and number of a component over each prompt's judged candidates.
 
-    def collect(
-        groups: Sequence[ScoredGroup], value: Callable[[ScoredCandidate], float]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        values = [[value(scored) for scored in group.candidates if scored.reward is not None] for group in groups]
-        return np.array([sum(row) for row in values], float), np.array([len(row) for row in values], float)
+    Returns:
+        None if there are judged candidates and none has the component: the task does not know it.
+    """
+    values = collect(groups, lambda scored: scored.components.get(name))
+    judged = any(scored.reward is not None for group in groups for scored in group.candidates)
+    return values if values.counts.any() or not judged else None
 
-    return {
-        "reward_mean": collect(sampled, lambda scored: float(scored.reward or 0.0)),
-        "exact_match_sampled": collect(sampled, lambda scored: scored.components["exact_match"]),
-        "exact_match_greedy": collect(greedy, lambda scored: scored.components["exact_match"]),
-        "f1": collect(sampled, lambda scored: scored.components["f1"]),
+
+def collect(groups: Sequence[ScoredGroup], value: Callable[[ScoredCandidate], float | None]) -> PerPrompt:
+    """Sum and number of a value over each prompt's judged candidates that have it."""
+    rows = [
+        [found for scored in group.candidates if scored.reward is not None and (found := value(scored)) is not None]
+        for group in groups
+    ]
+    return PerPrompt(np.array([sum(row) for row in rows], float), np.array([len(row) for row in rows], float))
+
+
+def _per_prompt(sampled: Sequence[ScoredGroup], greedy: Sequence[ScoredGroup]) -> dict[str, PerPrompt]:
+    """Each measure that the task has, of each prompt."""
+    found = {
+        "reward_mean": collect(sampled, lambda scored: scored.reward),
+        "exact_match_sampled": component_means(sampled, "exact_match"),
+        "exact_match_greedy": component_means(greedy, "exact_match"),
+        "f1": component_means(sampled, "f1"),
+        "rows": component_means(sampled, "rows"),
     }
-
-
-def _ratio(sums: np.ndarray, counts: np.ndarray) -> float | None:
-    return float(sums.sum() / counts.sum()) if counts.sum() else None
-
-
-def _resampled(sums: np.ndarray, counts: np.ndarray, seed: int) -> np.ndarray | None:
-    """Means of resampled prompts, [RESAMPLES]; the same seed draws the same prompts, so differences pair up."""
-    if not counts.sum():
-        return None
-    drawn = np.random.default_rng(seed).integers(0, len(sums), size=(RESAMPLES, len(sums)))
-    totals = counts[drawn].sum(axis=1)
-    return np.divide(sums[drawn].sum(axis=1), totals, out=np.full(RESAMPLES, np.nan), where=totals > 0)
-
-
-def _interval(means: np.ndarray | None) -> list[float] | None:
-    if means is None:
-        return None
-    tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.nanpercentile(means, [tail, 100 - tail])
-    return [float(low), float(high)]
+    return {measure: values for measure, values in found.items() if values is not None}

@@ -24,6 +24,7 @@ MEASURES = (
     ("exact_match_sampled", "Exact match, sampled"),
     ("exact_match_greedy", "Exact match, greedy"),
     ("f1", "Field F1, sampled"),
+    ("rows", "Overlap of rows, sampled"),
     ("reward_mean", "Reward, sampled"),
 )
 COLOURS = ("c1", "c2", "c3", "c4", "c5", "c6")
@@ -138,7 +139,7 @@ def _headline(summary: Mapping[str, Any]) -> str:
     before, after, gain = summary.get("before"), summary.get("after"), summary.get("gain")
     if not before:
         return ""
-    tiles = "".join(_tile(name, key, before, after, gain) for key, name in MEASURES)
+    tiles = "".join(_tile(name, key, before, after, gain) for key, name in MEASURES if key in before)
     part = after or before
     note = (
         f'<p class="soft">{part.get("prompts", 0):,} held-out prompts, {part.get("samples", 0):,} samples, the same '
