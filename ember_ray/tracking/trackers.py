@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import netrc
 import os
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 from urllib.parse import urlparse
 
 from ember_ray.config.errors import UserError
-from ember_ray.tracking.files import plain
+from ember_ray.tracking.files import plain, write_text
 
 Kind = Literal["auto", "none", "wandb", "tensorboard"]
 
@@ -107,7 +108,10 @@ class TensorBoardTracker:
 
 
 class WandbTracker:
-    """A W&B run, offline unless the user is logged in; its files in ``<run>/wandb``."""
+    """A W&B run, offline unless the user is logged in; its files in ``<run>/wandb``.
+
+    Its id lies in ``<run>/wandb_run_id``: a run that is resumed goes on as the same run of W&B.
+    """
 
     def __init__(self, run_dir: Path, name: str, config: Mapping[str, Any]) -> None:
         mode = _wandb_mode()
@@ -152,6 +156,8 @@ class WandbTracker:
         return wandb.init(
             project=os.environ.get("WANDB_PROJECT", "ember-ray"),
             name=name,
+            id=_run_id(run_dir),
+            resume="allow" if mode == "online" else None,  # offline W&B says that it cannot, and joins runs of one id
             dir=str(run_dir),
             config=dict(config),
             mode=mode,  # type: ignore[arg-type]
@@ -173,6 +179,14 @@ class WandbTracker:
         if self._run is not None:
             self._run.finish()
             self._run = None
+
+
+def _run_id(run_dir: Path) -> str:
+    """The id of the run in this folder; a new one is written down before it is used."""
+    path = run_dir / "wandb_run_id"
+    if not path.is_file():
+        write_text(path, secrets.token_hex(8) + "\n")
+    return path.read_text(encoding="utf-8").strip()
 
 
 def _writable_wandb_home(run_dir: Path) -> None:

@@ -69,6 +69,22 @@ def wandb_history(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+def test_a_resumed_run_is_the_same_run_of_wandb(tmp_path: Path) -> None:
+    run, home = tmp_path / "run", tmp_path / "home"
+    home.mkdir()
+    code = "import sys\nfrom ember_ray.tracking.trackers import make_tracker\n"
+    code += "tracker = make_tracker('wandb', sys.argv[1], 'demo', {})\n"
+    code += "tracker.log({'reward': 0.5}, int(sys.argv[2])); tracker.finish()"
+    for step in ("1", "2"):
+        command = [sys.executable, "-c", code, str(run), step]
+        done = subprocess.run(command, capture_output=True, text=True, env=wandb_environment(home), timeout=120)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    ids = {path.name.split("-")[-1] for path in run.glob("wandb/offline-run-*")}
+    assert ids == {(run / "wandb_run_id").read_text().strip()}
+    assert len(list(run.glob("wandb/offline-run-*/*.wandb"))) == 2, "the second session must not write over the first"
+
+
+@pytest.mark.slow
 def test_wandb_offline_keeps_numbers_and_samples(tmp_path: Path) -> None:
     run, home = tmp_path / "run", tmp_path / "home"
     home.mkdir()
