@@ -70,7 +70,7 @@ class Coordinator:
         """Brings up the verifiers and the stages; returns when they are ready.
 
         Raises:
-            ValueError: the verifier does not exist, or the engine refuses the model or the options.
+            ValueError: a reward function does not exist, or the engine refuses the model or the options.
             StageLost: the stages do not come up.
         """
         self._progress = Progress(phase="starting")
@@ -100,7 +100,7 @@ class Coordinator:
         if self._pool is None:
             raise RuntimeError("the coordinator is not started")
         requests = build_requests(rows, num_candidates, sampling_params, self._settings.seed, round_number)
-        self._rollout = Rollout(self._server, self._pool, rows, requests, self._report)
+        self._rollout = Rollout(self._server, self._pool, rows, requests, round_number, self._report)
         try:
             result = self._rollout.run()
         finally:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from verifiers.reward_functions import RewardFunction
 
 if TYPE_CHECKING:
     from ember_ray.data.example import Example
@@ -21,7 +22,7 @@ class Limits:
         call: for a short call to a stage (publication, counters).
         transport: for one wait of a stage for its peer.
         stall: for a rollout in which no stage takes a step.
-        verify: for the verdict on one candidate.
+        verify: for all reward functions on one candidate.
         failures: pipelines lost one after the other without a new candidate before the run gives up.
     """
 
@@ -35,16 +36,14 @@ class Limits:
 
 @dataclass(frozen=True)
 class VerifierSettings:
-    """Which verifier judges, and by how many actors.
+    """Which reward functions judge, and by how many actors.
 
     Attributes:
-        name: ``json_extraction``, or ``package.module:function`` of a verifier of your own.
-        settings: keyword arguments of each call beside text, gold and schema, e.g. ``{"design": "decomposed"}``.
+        functions: their weighted sum is the reward.
         actors: size of the pool.
     """
 
-    name: str = "json_extraction"
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    functions: tuple[RewardFunction, ...] = (RewardFunction("json_extraction"),)
     actors: int = 1
 
 

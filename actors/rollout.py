@@ -78,6 +78,7 @@ class Rollout:
     """State of one rollout: which candidates are missing, which are with the verifiers, which are scored.
 
     Args:
+        round_number: reward functions see it as ``trainer_state.global_step``.
         report: told of every step forward; read by `Coordinator.progress`.
     """
 
@@ -87,10 +88,12 @@ class Rollout:
         pool: VerifierPool,
         rows: Sequence[PromptRow],
         requests: Sequence[GenerationRequest],
+        round_number: int,
         report: Callable[[Progress], None],
     ) -> None:
-        self._server, self._pool, self._report = server, pool, report
+        self._server, self._pool, self._round_number, self._report = server, pool, round_number, report
         self._rows = {row.example.id: row for row in rows}
+        self._columns = {name: row.example.reward_columns() for name, row in self._rows.items()}
         self._requests = list(requests)
         self._missing = {(request.request_id, index) for request in requests for index in request.candidate_indices}
         self._total = len(self._missing)
@@ -214,10 +217,12 @@ class Rollout:
             self._candidates[key] = candidate
             self._tokens += len(candidate.token_ids)
             example = self._rows[candidate.request_id].example
-            items.append(VerifyItem(key, candidate.text, example.gold, example.schema))
+            prompt = example.messages[0]["content"] if example.is_text else example.messages
+            columns = self._columns[candidate.request_id]
+            items.append(VerifyItem(key, prompt, candidate.text, candidate.token_ids, columns))
         if items:
             self._server.succeeded()
-            self._pool.submit(items)
+            self._pool.submit(items, self._round_number)
 
     def _score(self, verdicts: Sequence[Verdict]) -> None:
         from ember_ray.data.scored_group import ScoredCandidate

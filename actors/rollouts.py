@@ -41,7 +41,7 @@ class Rollouts:
         """Waits until verifiers and stages are up.
 
         Raises:
-            ValueError: the verifier does not exist, or the engine refuses the model or the options.
+            ValueError: a reward function does not exist, or the engine refuses the model or the options.
             StageLost, ActorLost: the actors do not come up.
         """
         limit = self._limits.start * (self._limits.failures + 1)

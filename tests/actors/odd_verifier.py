@@ -1,4 +1,4 @@
-"""A verifier for tests that does what the gold value says."""
+"""Reward functions for tests that do what the gold value says."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ class Found:
     reason: str | None = None
 
 
-def verify(text: str, gold: str, schema: dict | None, reward: float = 1.0) -> Found:
+def verify(prompts, completions, gold, reward=1.0, **kwargs) -> list[Found]:
+    texts = [completion if isinstance(completion, str) else completion[0]["content"] for completion in completions]
+    return [_one(text, wish, reward) for text, wish in zip(texts, gold, strict=True)]
+
+
+def _one(text: str, gold: str, reward: float) -> Found:
     if gold == "hang":
         time.sleep(600)
     if gold == "fail":
@@ -32,3 +37,9 @@ def verify(text: str, gold: str, schema: dict | None, reward: float = 1.0) -> Fo
     if gold in ("nan", "inf"):
         reward = float(gold)
     return Found(reward, {"length": float(len(text))}, None)
+
+
+async def length(completions, completion_ids, trainer_state, log_metric, **kwargs) -> list[float | None]:
+    """A user's function in TRL's manner; an answer of no token is none of its business."""
+    log_metric("step", trainer_state.global_step)
+    return [len(ids) / 10 if ids else None for ids in completion_ids]

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from actors import cluster as clusters
-from actors.messages import Progress, VerifierSettings
+from actors.messages import Progress, RewardFunction, VerifierSettings
 from actors.rollouts import Rollouts
 from ember_ray.engine.sampling_params import SamplingParams
 from ember_ray.model.lora import AdapterError
@@ -296,7 +296,7 @@ def metrics() -> dict[str, set[float]]:
 
 def test_the_reward_that_is_left_is_that_of_the_whole_rollout(rollouts, cluster, make_settings, make_rows) -> None:
     rollouts.stop()
-    odd = VerifierSettings("odd_verifier:verify", {"reward": 0.75})
+    odd = VerifierSettings((RewardFunction("odd_verifier:verify", settings={"reward": 0.75}),))
     made = Rollouts(cluster, make_settings((4,), verifier=odd))
     made.ready()
     rows = make_rows(4, gold="good")
@@ -313,8 +313,8 @@ def test_the_reward_that_is_left_is_that_of_the_whole_rollout(rollouts, cluster,
 def test_a_missing_model_and_an_unknown_verifier_are_errors_at_the_start(cluster, make_settings) -> None:
     settings = make_settings((1, 3))
     missing = dataclasses.replace(settings, engine=dataclasses.replace(settings.engine, model="/no/such/model"))
-    unknown = dataclasses.replace(settings, verifier=VerifierSettings("nonsense"))
-    for wrong, message in ((missing, "/no/such/model"), (unknown, "no verifier 'nonsense'")):
+    unknown = dataclasses.replace(settings, verifier=VerifierSettings((RewardFunction("nonsense"),)))
+    for wrong, message in ((missing, "/no/such/model"), (unknown, "no reward function 'nonsense'")):
         made = Rollouts(cluster, wrong)
         with pytest.raises(ValueError, match=message):
             made.ready()

@@ -11,23 +11,10 @@ from pathlib import Path
 import pytest
 
 from actors import cluster as clusters
-from actors.messages import VerifierSettings
-from actors.verifier import Verdict, VerifierPool, VerifyItem, find_verifier
+from actors.messages import RewardFunction, VerifierSettings
+from actors.verifier import Verdict, VerifierPool, VerifyItem
 
 ODD = "odd_verifier:verify"
-
-
-def test_a_verifier_is_found_by_name_or_by_its_place() -> None:
-    from verifiers.json_extraction import verify
-
-    assert find_verifier("json_extraction") is verify
-    assert find_verifier("math:sqrt")(4.0) == 2.0
-
-
-@pytest.mark.parametrize("name", ["nonsense", "no_such_module:verify", "math:no_such_function"])
-def test_an_unknown_verifier_is_named(name: str) -> None:
-    with pytest.raises(ValueError, match=f"verifier '{name}'"):
-        find_verifier(name)
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +29,9 @@ def ray_session() -> Iterator[None]:
 def make_pool(ray_session: None) -> Iterator[Callable[..., VerifierPool]]:
     pools: list[VerifierPool] = []
 
-    def make(name: str = ODD, actors: int = 2, limit_s: float = 1.0, **settings: object) -> VerifierPool:
-        pools.append(VerifierPool(VerifierSettings(name, settings, actors), limit_s))
+    def make(*names: str, actors: int = 2, limit_s: float = 1.0, **settings: object) -> VerifierPool:
+        functions = tuple(RewardFunction(name, 1.0, settings) for name in names or (ODD,))
+        pools.append(VerifierPool(VerifierSettings(functions, actors), limit_s))
         return pools[-1]
 
     yield make
@@ -52,7 +40,9 @@ def make_pool(ray_session: None) -> Iterator[Callable[..., VerifierPool]]:
 
 
 def items(golds: Sequence[object]) -> list[VerifyItem]:
-    return [VerifyItem(("row", index), "x" * index, gold, None) for index, gold in enumerate(golds)]
+    return [
+        VerifyItem(("row", index), "", "x" * index, [7] * index, {"gold": gold}) for index, gold in enumerate(golds)
+    ]
 
 
 def collect(pool: VerifierPool, count: int, limit_s: float = 60.0) -> dict[int, Verdict]:
@@ -86,11 +76,22 @@ class TestPool:
 
         pool = make_pool("json_extraction", design=RewardDesign("binary"))
         schema = {"type": "object", "required": ["total"], "properties": {"total": {"type": "number"}}}
+        columns = {"gold": {"total": 3}, "schema": schema}
+        chat = [{"role": "user", "content": "How much?"}]
         texts = ['{"total": 3}', '{"total": 4}', "none"]
-        pool.submit([VerifyItem(("row", place), text, {"total": 3}, schema) for place, text in enumerate(texts)])
+        pool.submit([VerifyItem(("row", place), chat, text, [1], columns) for place, text in enumerate(texts)])
         found = collect(pool, 3)
         assert [found[place].reward for place in range(3)] == [1.0, 0.0, 0.0]
-        assert found[2].reason
+        assert found[1].components["schema"] == 1.0 and found[2].reason
+
+    def test_several_functions_are_added_up_and_see_tokens_and_round(self, make_pool) -> None:
+        pool = make_pool(ODD, "odd_verifier:length")
+        pool.submit(items(["good", "good", "fail"]), global_step=17)
+        found = collect(pool, 3)
+        assert found[1].reward == pytest.approx(1.1)
+        assert found[1].components == {"verify/length": 1.0, "verify": 1.0, "length": 0.1, "length/step": 17.0}
+        assert found[0].reward == 1.0 and "length" not in found[0].components
+        assert found[2].reward is None and "no such field" in found[2].reason
 
     def test_failures_cost_one_candidate_each(self, make_pool) -> None:
         pool = make_pool()
@@ -107,7 +108,14 @@ class TestPool:
         found = collect(pool, 4)
         assert [found[place].reward for place in range(4)] == [1.0, None, 1.0, 1.0]
         assert "longer than 1 s" in str(found[1].reason)
-        assert pool.replaced == 1
+
+    def test_a_hang_among_many_is_found_and_costs_nobody_else(self, make_pool) -> None:
+        pool = make_pool()
+        pool.submit(items(["good"] * 300 + ["hang"] + ["good"] * 300))
+        found = collect(pool, 601)
+        assert [place for place in range(601) if found[place].reward is None] == [300]
+        assert "longer than 1 s" in str(found[300].reason)
+        assert pool.replaced == 2  # the actor of the chunk, and that of the one alone
 
     def test_a_candidate_that_kills_its_verifier_twice_is_given_up(self, make_pool) -> None:
         pool = make_pool(actors=1)
@@ -152,12 +160,12 @@ class TestPool:
         pool.submit(items(["slow"] * 20))
         collect(pool, 1)
         pool.clear()
-        pool.submit([VerifyItem(("next", 0), "", "good", None)])
+        pool.submit([VerifyItem(("next", 0), "", "", [], {"gold": "good"})])
         assert [verdict.key for verdict in collect(pool, 1).values()] == [("next", 0)]
 
-    def test_an_unknown_verifier_is_an_error_at_once(self, make_pool) -> None:
+    def test_an_unknown_function_is_an_error_at_once(self, make_pool) -> None:
         pool = make_pool("nonsense", actors=1)
-        with pytest.raises(ValueError, match="no verifier 'nonsense'"):
+        with pytest.raises(ValueError, match="no reward function 'nonsense'"):
             collect(pool, 1)
 
 
