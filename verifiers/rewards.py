@@ -40,21 +40,9 @@ class RewardDesign:
     weights: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.name not in get_args(DesignName):
-            raise ValueError(f"unknown reward design {self.name!r}: choose one of {', '.join(get_args(DesignName))}")
-        for key, weight in self.weights.items():
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-                raise ValueError(f"the weight of {key!r} must be a finite number of at least 0, not {weight!r}")
-        if self.name == "binary" and self.weights:
-            raise ValueError("the binary reward takes no weights: use weighted or decomposed")
+        check_weights(self.name, self.weights)
         if self.name == "decomposed":
-            unknown = set(self.weights) - set(DEFAULT_SHARES)
-            if unknown:
-                raise ValueError(
-                    f"unknown share {min(unknown)!r} of the decomposed reward: it has {', '.join(DEFAULT_SHARES)}"
-                )
-            if sum(self.shares.values()) <= 0:
-                raise ValueError("the shares of the decomposed reward must not all be 0")
+            check_shares(self.name, self.weights, DEFAULT_SHARES)
 
     @property
     def shares(self) -> dict[str, float]:
@@ -78,9 +66,7 @@ class RewardDesign:
             return components["exact_match"]
         if self.name == "weighted":
             return components["fields"]
-        shares = self.shares
-        # Divided by fsum of the same shares: an answer with every part at 1 gets exactly 1.
-        return math.fsum(share * components[part] for part, share in shares.items()) / math.fsum(shares.values())
+        return weighted_mean(self.shares, components)
 
     @property
     def _is_weighted(self) -> bool:
@@ -97,6 +83,32 @@ class RewardDesign:
                 if weight is not None:
                     return weight
         return self.weights.get("$", 1.0)
+
+
+def check_weights(name: str, weights: Mapping[str, float]) -> None:
+    """Raise ValueError for an unknown design, a weight that is negative or not finite, or weights of ``binary``."""
+    if name not in get_args(DesignName):
+        raise ValueError(f"unknown reward design {name!r}: choose one of {', '.join(get_args(DesignName))}")
+    for key, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+            raise ValueError(f"the weight of {key!r} must be a finite number of at least 0, not {weight!r}")
+    if name == "binary" and weights:
+        raise ValueError("the binary reward takes no weights: use weighted or decomposed")
+
+
+def check_shares(name: str, weights: Mapping[str, float], defaults: Mapping[str, float]) -> None:
+    """Raise ValueError if `weights` name a share that the design does not have, or leave every share at 0."""
+    unknown = set(weights) - set(defaults)
+    if unknown:
+        raise ValueError(f"unknown share {min(unknown)!r} of the {name} reward: it has {', '.join(defaults)}")
+    if sum({**defaults, **weights}.values()) <= 0:
+        raise ValueError(f"the shares of the {name} reward must not all be 0")
+
+
+def weighted_mean(shares: Mapping[str, float], components: Mapping[str, float]) -> float:
+    """``sum(share * component) / sum(share)``."""
+    # Divided by fsum of the same shares: an answer with every part at 1 gets exactly 1.
+    return math.fsum(share * components[part] for part, share in shares.items()) / math.fsum(shares.values())
 
 
 def _steps(key: str) -> int:
