@@ -6,8 +6,8 @@ import copy
 import json
 import random
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
 from datetime import date
 
 from ember_ray.data.example import Example
@@ -156,3 +156,22 @@ def demonstrate(example: Example, rng: random.Random, mix: DemonstrationMix = CL
     if happens["chatter"]:
         text = rng.choice(INTRODUCTIONS) + text if rng.random() < 0.5 else text + rng.choice(FAREWELLS)
     return text
+
+
+def with_demonstrations(examples: Iterable[Example], mix: DemonstrationMix = CLEAN, seed: int = 0) -> list[Example]:
+    """The examples with an answer in ``completion``; rows that have one keep it.
+
+    What a row gets depends on its id, ``mix`` and ``seed`` only, not on its place or on the other rows.
+
+    Raises:
+        ValueError: a row has neither a completion nor a gold value to write one of.
+    """
+    filled = []
+    for example in examples:
+        if example.completion is None:
+            if example.gold is None:
+                raise ValueError(f"row '{example.id}' has neither 'completion' nor 'gold' to write one of")
+            rng = random.Random(f"{seed}/{example.id}")
+            example = replace(example, completion=demonstrate(example, rng, mix))
+        filled.append(example)
+    return filled

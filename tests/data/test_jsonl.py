@@ -2,13 +2,13 @@ import json
 import os
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from ember_ray.config.errors import UserError
 from ember_ray.data.example import Example
 from ember_ray.data.extraction import generate_examples
-from ember_ray.data.jsonl import DataError, load_jsonl, save_jsonl
+from ember_ray.data.faults import DataError
+from ember_ray.data.formats import load_dataset_rows
+from ember_ray.data.jsonl import save_jsonl
 
 
 def _file(tmp_path, *lines) -> str:
@@ -23,16 +23,16 @@ def _row(**values) -> str:
 
 def test_prompts_and_messages(tmp_path):
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is it?"}]
-    chatty = {"messages": chat, "gold": None, "schema": {"type": "null"}, "id": "b"}
+    chatty = {"messages": chat, "gold": [None], "schema": {"type": "array"}, "id": "b"}
     path = _file(tmp_path, _row(), "", json.dumps(chatty))
-    first, second = load_jsonl(path)
-    assert first == Example("rows.jsonl:1", [{"role": "user", "content": "What is it?"}], 1)
-    assert second == Example("b", chat, None, {"type": "null"})
+    first, second = load_dataset_rows(path)
+    assert first == Example("rows.jsonl:1", [{"role": "user", "content": "What is it?"}], 1, is_text=True)
+    assert second == Example("b", chat, [None], {"type": "array"})
 
 
 def test_a_row_ends_at_a_newline_only_and_a_byte_order_mark_is_fine(tmp_path):
     path = _file(tmp_path, b"\xef\xbb\xbf" + _row().encode() + b"\r", '{"prompt": "a\u2028b", "gold": "c\u0085"}')
-    assert [example.gold for example in load_jsonl(path)] == [1, "c\u0085"]
+    assert [example.gold for example in load_dataset_rows(path)] == [1, "c\u0085"]
 
 
 @pytest.mark.parametrize(
@@ -43,9 +43,12 @@ def test_a_row_ends_at_a_newline_only_and_a_byte_order_mark_is_fine(tmp_path):
         ('{"prompt": "a", "gold": NaN}', "NaN is no JSON number"),
         ('{"prompt": "a", "gold": [1e999]}', "beyond the range of a double"),
         ('{"prompt": "a", "gold": 1, "gold": 2}', "the key 'gold' is there twice"),
-        ("[" * 100_000, "nested too deeply|not JSON"),
-        ("[1]", "a row must be an object, not a list"),
+        ('{"a":' * 100_000, "nested too deeply|not JSON"),
+        ("7", "a row must be an object, not a number"),
+        ("[1]", "a row must be an object, not a list; a file has one object a line"),
+        ("[", "a row must be an object, not a list; a file has one object a line"),
         ('{"prompt": "a"}', "'gold' is missing"),
+        ('{"prompt": "a", "gold": null}', "'gold' is missing"),
         ('{"gold": 1}', "either 'prompt' or 'messages'$"),
         (_row(messages=[]), "either 'prompt' or 'messages', not both"),
         (_row(prompt=" "), "'prompt' must be a text that is not empty, not an empty string"),
@@ -56,22 +59,31 @@ def test_a_row_ends_at_a_newline_only_and_a_byte_order_mark_is_fine(tmp_path):
         ('{"messages": [{"role": "user", "content": null}], "gold": 1}', r"content must be a string, not null"),
         ('{"messages": [{"role": "assistant", "content": "x"}], "gold": 1}', "must be the user's, not the assistant's"),
         (_row(schema=[1]), "'schema' must be an object, not a list"),
-        (_row(id=7), "'id' must be a string that is not empty, not a number"),
-        (_row(golden=2), "unknown key 'golden'"),
+        (_row(id=7.5), "'id' must be a string that is not empty, not a number"),
+        (_row(id=True), "'id' must be a string that is not empty, not a boolean"),
+        (_row(id=""), "'id' must be a string that is not empty, not an empty string"),
+        ('{"promt": "a"}', "unknown key 'promt'; did you mean 'prompt'"),
+        ('{"prompt": "a", "golds": 1}', "unknown key 'golds'; did you mean 'gold'"),
+        (_row(shcema={}), "unknown key 'shcema'; did you mean 'schema'"),
+        (_row(Databases=["a"]), "unknown key 'Databases'; did you mean 'databases'"),
+        (_row(completions=["a"]), "may not be called 'completions'"),
+        (_row(tools=[{}]), "'tools' is not supported"),
+        (_row(databases=[]), "'databases' must be a path or a list of paths of SQLite files, not an empty list"),
+        (_row(databases="none.sqlite"), r"'databases': there is no file '/.*/none.sqlite'"),
     ],
 )
 def test_each_fault_names_file_and_line(tmp_path, line, what):
     path = _file(tmp_path, _row(), line)
     with pytest.raises(DataError, match=what) as caught:
-        load_jsonl(path)
+        load_dataset_rows(path, "extract")
     assert len(caught.value.faults) == 1 and caught.value.faults[0].startswith(f"{path}:2: ")
 
 
 def test_all_faults_are_told_at_once_the_first_twenty_in_words(tmp_path):
-    path = _file(tmp_path, *["{}"] * 15, _row())
+    path = _file(tmp_path, *['{"schema": 1}'] * 15, _row())
     with pytest.raises(DataError) as caught:
-        load_jsonl(path)
-    assert len(caught.value.faults) == 30  # no prompt and no gold in each
+        load_dataset_rows(path)
+    assert len(caught.value.faults) == 30  # no prompt and no good schema in each
     assert [f":{line}: " in str(caught.value) for line in (1, 10, 11)] == [True, True, False]
     assert str(caught.value).endswith("; and 10 more")
     assert isinstance(caught.value, UserError) and isinstance(caught.value, ValueError)
@@ -80,7 +92,7 @@ def test_all_faults_are_told_at_once_the_first_twenty_in_words(tmp_path):
 def test_an_id_is_used_once(tmp_path):
     path = _file(tmp_path, _row(id="a"), _row(id="b"), _row(id="a"))
     with pytest.raises(DataError, match=r":3: id 'a' is that of line 1 already"):
-        load_jsonl(path)
+        load_dataset_rows(path)
 
 
 @pytest.mark.parametrize("content", ["", "\n \n"])
@@ -88,49 +100,20 @@ def test_an_empty_file_is_a_fault(tmp_path, content):
     path = tmp_path / "empty.jsonl"
     path.write_text(content)
     with pytest.raises(DataError, match=r"empty.jsonl: the file has no rows"):
-        load_jsonl(path)
+        load_dataset_rows(path)
 
 
 def test_a_missing_file_and_a_folder_are_faults(tmp_path):
     with pytest.raises(DataError, match="no data file .*none.jsonl"):
-        load_jsonl(tmp_path / "none.jsonl")
+        load_dataset_rows(tmp_path / "none.jsonl")
     with pytest.raises(DataError, match="cannot be read"):
-        load_jsonl(tmp_path)
-
-
-TEXT = st.text(st.characters(exclude_categories=["Cs"]))
-SOME = TEXT.filter(bool)
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4),
-    max_leaves=12,
-)
-TURNS = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": TEXT})
-CHATS = st.tuples(st.lists(TURNS, max_size=2), TEXT).map(
-    lambda parts: [*parts[0], {"role": "user", "content": parts[1]}]
-)
-EXAMPLES = st.builds(
-    Example,
-    id=SOME,
-    messages=CHATS,
-    gold=JSON,
-    schema=st.none() | st.dictionaries(TEXT, JSON, max_size=3),
-    template=st.none() | SOME,
-    difficulty=st.none() | SOME,
-)
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(EXAMPLES, min_size=1, max_size=4, unique_by=lambda example: example.id))
-def test_what_is_saved_is_loaded_again(tmp_path, examples):
-    save_jsonl(tmp_path / "rows.jsonl", examples)
-    assert load_jsonl(tmp_path / "rows.jsonl") == examples
+        load_dataset_rows(tmp_path)
 
 
 def test_generated_examples_survive_a_file(tmp_path):
     examples = [e for name in ("easy", "hard", "hard_rule") for e in generate_examples("train", name, 20, 0)]
     save_jsonl(tmp_path / "rows.jsonl", examples)
-    assert load_jsonl(tmp_path / "rows.jsonl") == examples
+    assert load_dataset_rows(tmp_path / "rows.jsonl") == examples
 
 
 def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path):
