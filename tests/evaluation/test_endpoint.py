@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -75,6 +76,7 @@ def test_as_many_requests_are_in_flight_as_are_allowed() -> None:
 
     def together(request: dict[str, Any]) -> dict[str, Any]:
         three.wait(timeout=60)  # goes on only once three are here
+        time.sleep(0.1)  # and gives a fourth the time to come
         return echo(request)
 
     with serving(together) as server:
