@@ -95,9 +95,7 @@ class Sandbox:
                     else:  # perhaps something else ended it: once more, alone
                         suspect = culprit
                     waiting.extendleft(reversed(chunk[at:]))
-                except (
-                    BaseException
-                ):  # such as KeyboardInterrupt: replies that nobody waits for must not be left in the pipe
+                except BaseException:  # Ctrl-C, say: replies that nobody waits for must not stay in the pipe
                     self._kill()
                     raise
         return replies
@@ -116,9 +114,8 @@ class Sandbox:
         if self._process is not None and self._process.poll() is None:
             return self._process
         self._kill()
-        folders = dict.fromkeys(
-            [str(Path(__file__).resolve().parents[1]), *(os.path.abspath(path) for path in sys.path)]
-        )
+        ours = str(Path(__file__).resolve().parents[1])
+        folders = dict.fromkeys([ours, *(os.path.abspath(path) for path in sys.path)])
         kept = {name: os.environ[name] for name in _KEPT_ENVIRONMENT if name in os.environ}
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", self._module],

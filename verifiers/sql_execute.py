@@ -2,7 +2,8 @@
 
 The file is opened read-only and immutable, so SQLite takes no lock and makes no journal. An authorizer allows SELECT,
 recursion, the tables and views of the file (and `json_each`, `json_tree`), and the functions of a list; so there is
-no ATTACH, no PRAGMA in any form, no extension, no file access, no write, no randomness. Temporary tables stay in memory.
+no ATTACH, no PRAGMA in any form, no extension, no file access, no write, no randomness. What SQLite has to put aside
+while it sorts stays in memory.
 """
 
 from __future__ import annotations
@@ -210,9 +211,9 @@ def _authorize(readable: frozenset[str], action: int, first: Any, second: Any, d
     elif action == sqlite3.SQLITE_READ:
         # The rows of a common table expression are counted under its name, with no column and no database.
         rows_only = not second and database is None
-        allowed = first.lower() in readable or (rows_only and _BUILT_IN_TABLE.match(first) is None)
+        allowed = (first or "").lower() in readable or (rows_only and _BUILT_IN_TABLE.match(first or "") is None)
     else:
-        allowed = action == sqlite3.SQLITE_FUNCTION and second.lower() in _FUNCTIONS
+        allowed = action == sqlite3.SQLITE_FUNCTION and (second or "").lower() in _FUNCTIONS
     return sqlite3.SQLITE_OK if allowed else sqlite3.SQLITE_DENY
 
 

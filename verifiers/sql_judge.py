@@ -53,7 +53,12 @@ class Judge:
             return {"fault": str(fault)}
         if request["query"] is None:
             return {}
-        return self._candidate(request, golds)
+        try:
+            return self._candidate(request, golds)
+        except BadDatabase as fault:
+            return {"fault": str(fault)}
+        except MemoryError:
+            return _reply(parse=1.0, reason="the result needs too much memory")
 
     def _candidate(self, request: dict[str, Any], golds: list[tuple[FileKey, GoldTable]]) -> dict[str, Any]:
         meter = _meter(request)

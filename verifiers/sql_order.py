@@ -27,7 +27,7 @@ class RowOrder:
 
 
 def read_query(sql: str) -> exp.Query:
-    """The parsed query. Raises ValueError if `sql` is not one SELECT (WITH, UNION, ... included) in SQLite's dialect."""
+    """The parsed query. Raises ValueError if `sql` is not one SELECT (WITH, UNION, ... too) in SQLite's dialect."""
     try:
         statements = sqlglot.parse(sql, read="sqlite")
     except SqlglotError as fault:

@@ -30,7 +30,7 @@ class SqlRewardDesign:
         name: which.
         weights: in place of the weights above; those left out keep them. For ``binary``, none.
 
-    Raises ValueError for an unknown name or weight, a weight that is negative or not finite, and weights that are all 0.
+    Raises ValueError for an unknown name or weight, a weight that is negative or not finite, weights that are all 0.
     """
 
     name: DesignName = "decomposed"
