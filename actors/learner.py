@@ -3,54 +3,76 @@
 from __future__ import annotations
 
 import gc
+import importlib
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import ray
 
-from ember_ray.data.scored_group import ScoredGroup
-from ember_ray.train.options import DpoOptions, LoraOptions
-from ember_ray.train.pairs import PreferencePair, make_pairs
+from ember_ray.train.options import LearnerOptions, LoraOptions
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from actors.adapter_wire import PackedAdapter
-    from ember_ray.train.dpo import DpoLearner
+    from ember_ray.data.scored_group import ScoredGroup
+    from ember_ray.train.adapter_learner import AdapterLearner
 
 LEARNER_NAME = "ember-learner"
+
+Kind = Literal["sft", "dpo", "grpo"]
+
+LEARNERS: dict[str, tuple[str, str]] = {
+    "sft": ("ember_ray.train.sft", "SftLearner"),
+    "dpo": ("ember_ray.train.dpo", "DpoLearner"),
+    "grpo": ("ember_ray.train.grpo", "GrpoLearner"),
+}
+"""Module and class of each kind; they import torch and TRL, so late."""
+
+
+@dataclass(frozen=True)
+class LearnerSettings:
+    """What a learner is made with; see `AdapterLearner` for the rest of it.
+
+    Attributes:
+        kind: ``sft`` (also best-of-N), ``dpo`` or ``grpo``.
+        options: of that kind: ``SftOptions``, ``DpoOptions`` or ``GrpoOptions``.
+        num_threads: threads of torch; None takes as many as the actor has CPUs, at least 1. More than there are
+            free cores make every step slower, since OpenMP's threads wait for each other.
+
+    Raises:
+        ValueError: there is no such kind, or the options are of another one.
+    """
+
+    kind: Kind
+    model_path: str
+    lora: LoraOptions
+    options: LearnerOptions
+    dtype: str = "float32"
+    device: str = "cpu"
+    output_dir: str | None = None
+    init_adapter: str | None = None
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in LEARNERS:
+            raise ValueError(f"learner kind must be one of {', '.join(LEARNERS)}, not '{self.kind}'")
+        if self.options.section != self.kind:
+            raise ValueError(f"a learner of kind '{self.kind}' cannot take {type(self.options).__name__}")
 
 
 @ray.remote
 class LearnerActor:
-    """A `DpoLearner` in a process of its own.
+    """A learner in a process of its own.
 
-    Resources and name are the caller's: ``LearnerActor.options(name=LEARNER_NAME, num_cpus=1).remote(...)``.
+    Resources and name are the caller's: ``LearnerActor.options(name=LEARNER_NAME, num_cpus=1).remote(settings)``.
     Call `start` first: what is wrong with the model or the options is raised there, as itself.
-
-    Args:
-        model_path, lora, dpo, dtype, device, output_dir: as `DpoLearner` takes them.
-        min_margin, pairs_per_prompt: for `learn` on groups, see `make_pairs`.
-        num_threads: threads of torch; None takes as many as the actor has CPUs, at least 1. More than there are
-            free cores make every step slower, since OpenMP's threads wait for each other.
     """
 
-    def __init__(
-        self,
-        model_path: str | Path,
-        lora: LoraOptions,
-        dpo: DpoOptions,
-        dtype: str = "float32",
-        device: str = "cpu",
-        output_dir: str | Path | None = None,
-        min_margin: float = 0.05,
-        pairs_per_prompt: int = 1,
-        num_threads: int | None = None,
-    ) -> None:
-        self._arguments = (model_path, lora, dpo, dtype, device, output_dir)
-        self._min_margin, self._pairs_per_prompt = min_margin, pairs_per_prompt
-        self._num_threads = num_threads
-        self._made: DpoLearner | None = None
+    def __init__(self, settings: LearnerSettings) -> None:
+        self._settings = settings
+        self._made: AdapterLearner | None = None
 
     def start(self) -> None:
         """Loads the model; a second call does nothing.
@@ -62,35 +84,40 @@ class LearnerActor:
             return
         import torch
 
-        from ember_ray.train.dpo import DpoLearner
-
-        torch.set_num_threads(self._num_threads or _assigned_cpus())
-        self._made = DpoLearner(*self._arguments)
+        settings = self._settings
+        module, name = LEARNERS[settings.kind]
+        learner: Any = getattr(importlib.import_module(module), name)
+        torch.set_num_threads(settings.num_threads or _assigned_cpus())
+        self._made = learner(
+            settings.model_path,
+            settings.lora,
+            settings.options,
+            settings.dtype,
+            settings.device,
+            settings.output_dir,
+            settings.init_adapter,
+        )
         # The Trainer collects garbage in every round. What the imports left, a million objects, need not be looked
         # through each time: 0.3 s a round.
         gc.collect()
         gc.freeze()
 
-    def _learner(self) -> DpoLearner:
+    def _learner(self) -> AdapterLearner:
         self.start()
         assert self._made is not None
         return self._made
 
-    def learn(self, batch: Sequence[ScoredGroup] | Sequence[PreferencePair]) -> dict[str, float]:
-        """One round, on scored groups (of which it makes the pairs) or on pairs made elsewhere.
-
-        Returns:
-            What `DpoLearner.learn` gives; for groups also the fields of `PairCounts`, as ``pairs/<field>``.
+    def learn(self, batch: Sequence[Any]) -> dict[str, float]:
+        """One round, on scored groups or on what else the kind learns from; see its class's `learn`.
 
         Raises:
-            LearnerError: see `DpoLearner.learn`.
+            LearnerError: see `AdapterLearner.learn`.
         """
-        groups = [entry for entry in batch if isinstance(entry, ScoredGroup)]
-        pairs = [entry for entry in batch if isinstance(entry, PreferencePair)]
-        if not groups:
-            return self._learner().learn(pairs)
-        made, counts = make_pairs(groups, self._min_margin, self._pairs_per_prompt)
-        return self._learner().learn([*pairs, *made]) | {f"pairs/{name}": n for name, n in asdict(counts).items()}
+        return self._learner().learn(batch)
+
+    def mismatch(self, groups: Sequence[ScoredGroup], limit: int | None = None) -> dict[str, float]:
+        """See `AdapterLearner.mismatch`."""
+        return self._learner().mismatch(groups, limit)
 
     def adapter_update(self, version: int) -> PackedAdapter:
         """The adapter as it is now, as the coordinator's `publish` takes it (``actors.adapter_wire``).
@@ -103,15 +130,15 @@ class LearnerActor:
         return pack_adapter(self._learner().adapter_update(version))
 
     def save_adapter(self, folder: str | Path) -> None:
-        """See `DpoLearner.save_adapter`; the folder is on the actor's node."""
+        """See `AdapterLearner.save_adapter`; the folder is on the actor's node."""
         self._learner().save_adapter(folder)
 
     def save_state(self, folder: str | Path) -> None:
-        """See `DpoLearner.save_state`; the folder is on the actor's node."""
+        """See `AdapterLearner.save_state`; the folder is on the actor's node."""
         self._learner().save_state(folder)
 
     def load_state(self, folder: str | Path) -> int:
-        """See `DpoLearner.load_state`; the folder is on the actor's node. Gives the rounds learnt so far."""
+        """See `AdapterLearner.load_state`; the folder is on the actor's node. Gives the rounds learnt so far."""
         learner = self._learner()
         learner.load_state(folder)
         return learner.rounds

@@ -7,11 +7,8 @@ schedule go on over the rounds without being copied.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
-import re
-import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -19,7 +16,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ember_ray.data.scored_group import ScoredGroup
+from ember_ray.train.adapter import (
+    adapter_scaling,
+    adapter_tensors,
+    check_patterns,
+    peft_config,
+    save_peft_folder,
+    weights_digest,
+    with_adapter,
+)
 from ember_ray.train.errors import LearnerError
+from ember_ray.train.mismatch import answer_logprobs, mismatch_metrics, sampled_answers
 from ember_ray.train.options import LearnerOptions, LoraOptions
 from ember_ray.train.schedule import learning_rate_factor
 
@@ -89,8 +97,7 @@ class AdapterLearner:
       there and counted; rows that are too long are left out, never cut, see `fits`.
 
     Random numbers of a round depend on seed and round only (``trl_trainer.own_random_numbers``), so that a state
-    needs none of them. What a subclass carries from round to round beside adapter and optimizer it must add to
-    ``_extra_state`` and take back in ``_set_extra_state``.
+    needs none of them. A subclass carries nothing from round to round beside adapter and optimizer.
 
     Args:
         model_path: Hugging Face folder of the base model and its tokenizer; its weights are never changed.
@@ -127,7 +134,7 @@ class AdapterLearner:
         self.num_tokens = 0
         self._temporary = tempfile.TemporaryDirectory(prefix="ember_learner_") if output_dir is None else None
         folder = Path(self._temporary.name if self._temporary else output_dir)  # type: ignore[arg-type]
-        self._init_digest = None if init_adapter is None else _digest(Path(init_adapter))
+        self._init_digest = None if init_adapter is None else weights_digest(init_adapter)
         self._build(str(model_path), dtype, device, folder, init_adapter)
 
     # -- what a subclass says -----------------------------------------------------------------------------------
@@ -139,13 +146,6 @@ class AdapterLearner:
     def _round_rows(self, batch: Sequence[Any]) -> RoundRows:
         """A round's batch as rows of the trainer's data set; see the class."""
         raise NotImplementedError
-
-    def _extra_state(self) -> dict[str, Any]:
-        """What the subclass carries from round to round: plain values and tensors."""
-        return {}
-
-    def _set_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Takes back what `_extra_state` gave."""
 
     # -- building -------------------------------------------------------------------------------------------------
 
@@ -167,36 +167,19 @@ class AdapterLearner:
             self.vocab_size = int(model.config.vocab_size)
             self._check_layers(model_path, int(model.config.num_hidden_layers))
             self._watch = StepWatch()
-            peft_config = self._peft_config()
+            config = peft_config(self.lora)
             if init_adapter is not None:
-                model, peft_config = self._wrapped(model, peft_config, init_adapter), None
+                model, config = with_adapter(model, config, init_adapter), None
             arguments = self._arguments(output_dir, device)
-            self._trainer = self._make_trainer(TrainerParts(model, peft_config, tokenizer, arguments, [self._watch]))
+            self._trainer = self._make_trainer(TrainerParts(model, config, tokenizer, arguments, [self._watch]))
             self._trainer.remove_callback(PrinterCallback)
-            self._check_patterns()
+            check_patterns(self.lora, adapter_scaling(self.model))
             optimizer = self._trainer.create_optimizer()
         kind, warmup, planned = options.lr_scheduler_type, options.whole_warmup_steps, options.planned_steps
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(kind, step, warmup, planned)
         )
         self._trainer.lr_scheduler = self._scheduler
-
-    def _peft_config(self) -> Any:
-        from peft import LoraConfig
-
-        lora = self.lora
-        layers = lora.layers_to_transform
-        return LoraConfig(
-            task_type="CAUSAL_LM",
-            r=lora.r,
-            lora_alpha=lora.lora_alpha,
-            target_modules=list(lora.target_modules),
-            use_rslora=lora.use_rslora,
-            rank_pattern=dict(lora.rank_pattern),
-            alpha_pattern=dict(lora.alpha_pattern),
-            layers_to_transform=None if layers is None else list(layers),
-            lora_dropout=lora.lora_dropout,
-        )
 
     def _arguments(self, output_dir: Path, device: str) -> dict[str, Any]:
         options = self.options
@@ -222,37 +205,6 @@ class AdapterLearner:
             "log_level": "error",
         }
 
-    def _wrapped(self, model: Any, peft_config: Any, folder: str | Path) -> Any:
-        """The model with the adapter of a folder in it, which must have the shape that the options say."""
-        import torch
-        from peft import get_peft_model
-
-        from ember_ray.model.lora import AdapterError, load_peft_adapter
-
-        try:
-            found = load_peft_adapter(folder, 0)
-        except AdapterError as fault:
-            raise LearnerError(str(fault)) from fault
-        wrapped = get_peft_model(model, peft_config)
-        mine, scaling = adapter_tensors(wrapped), adapter_scaling(wrapped)
-        for name in sorted(mine.keys() | found.tensors.keys()):
-            want, have = (tuple(side[name].shape) if name in side else None for side in (mine, found.tensors))
-            if want != have:
-                raise LearnerError(
-                    f"adapter '{folder}' does not fit the lora options: '{name}' is {have or 'missing'} there and "
-                    f"{want or 'missing'} here; give the options that the adapter was made with"
-                )
-        for path, scale in scaling.items():
-            if abs(scale - found.scaling[path]) > 1e-6 * abs(scale):
-                raise LearnerError(
-                    f"adapter '{folder}' does not fit the lora options: the scale of '{path}' is "
-                    f"{found.scaling[path]:g} there and {scale:g} here; give lora_alpha as the adapter was made with"
-                )
-        with torch.no_grad():
-            for name, tensor in mine.items():
-                tensor.copy_(found.tensors[name])
-        return wrapped
-
     def _check_layers(self, model_path: str, num_layers: int) -> None:
         missing = [layer for layer in self.lora.layers_to_transform or () if layer >= num_layers]
         if missing:
@@ -260,17 +212,6 @@ class AdapterLearner:
                 f"lora.layers_to_transform has layer {missing[0]}, but the model in '{model_path}' has only "
                 f"{num_layers} layers, counted from 0"
             )
-
-    def _check_patterns(self) -> None:
-        """PEFT passes over a pattern that fits no module; here that is a spelling mistake."""
-        adapted = adapter_scaling(self.model)
-        for name in ("rank_pattern", "alpha_pattern"):
-            for pattern in getattr(self.lora, name):
-                if not any(re.match(rf"(.*\.)?({pattern})$", path) for path in adapted):
-                    raise LearnerError(
-                        f"lora.{name} has '{pattern}', which fits no adapted module; they are named like "
-                        f"'{next(iter(adapted))}', and the end of the name is enough"
-                    )
 
     # -- learning -------------------------------------------------------------------------------------------------
 
@@ -291,7 +232,7 @@ class AdapterLearner:
             TRL's metrics, each the mean over the round's optimizer steps (``loss``, ``grad_norm``,
             ``learning_rate`` and the subclass's own; absent from a round without a step), the subclass's counts,
             and ``steps`` (optimizer steps of the round), ``num_tokens`` (prompts and answers of all rounds),
-            ``seconds``.
+            ``seconds``. Of a batch with groups also what `mismatch` gives for ``mismatch_candidates`` of them.
 
         Raises:
             LearnerError: a loss or gradient is not finite (the step is not applied; earlier steps of the round
@@ -302,6 +243,8 @@ class AdapterLearner:
         started = time.perf_counter()
         made = self._round_rows(batch)
         rows = list(made.rows)
+        groups = [entry for entry in batch if isinstance(entry, ScoredGroup)]
+        apart = self.mismatch(groups, self.options.mismatch_candidates) if groups else {}
         self._watch.steps.clear()
         if rows:
             random.Random(f"{self.options.seed}/{self.rounds}").shuffle(rows)
@@ -313,8 +256,34 @@ class AdapterLearner:
                 self.steps += len(self._watch.steps)
         self.rounds += 1
         self.num_tokens += self.options.epochs_per_round * made.num_tokens
-        metrics = means(self._watch.steps) | {"steps": len(self._watch.steps)} | made.counts
+        metrics = means(self._watch.steps) | {"steps": len(self._watch.steps)} | made.counts | apart
         return metrics | {"num_tokens": self.num_tokens, "seconds": time.perf_counter() - started}
+
+    def mismatch(self, groups: Sequence[ScoredGroup], limit: int | None = None) -> dict[str, float]:
+        """Compares the engine's log-probabilities of its candidates with the learner's, as it is now.
+
+        Before learning, and with the adapter published, both are the same policy: what differs is the arithmetic.
+        Where candidates are of an older policy (off-policy rounds), how far the policy has moved is in it too.
+
+        Args:
+            groups: rollouts.
+            limit: most candidates to measure, one of each group before the second of any; None measures all.
+
+        Returns:
+            See `mismatch_metrics`; empty for a limit of 0.
+
+        Raises:
+            LearnerError: a candidate has token ids that the model does not know.
+        """
+        if limit == 0:
+            return {}
+        answers = sampled_answers(groups, limit)
+        for prompt, answer, _ in answers:
+            self.check_tokens("a candidate", {"prompt_token_ids": prompt, "token_ids": answer})
+        rows = [(prompt, answer) for prompt, answer, _ in answers]
+        mine = answer_logprobs(self.model, rows, self.options.per_device_train_batch_size)
+        engine = [value for _, _, logprobs in answers for value in logprobs]
+        return mismatch_metrics(engine, [value for logprobs in mine for value in logprobs.tolist()])
 
     def check_tokens(self, what: str, ids: Mapping[str, Sequence[int]]) -> None:
         """Refuses token ids that the model does not know, and columns without any.
@@ -369,15 +338,7 @@ class AdapterLearner:
         Raises:
             OSError: the folder cannot be written.
         """
-        folder = Path(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
-            self.model.save_pretrained(str(fresh), save_embedding_layers=False, selected_adapters=["default"])
-            fresh.chmod(0o755)  # mkdtemp's is for the owner alone
-            _swap_folder(fresh, folder)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
+        save_peft_folder(self.model, Path(folder))
 
     def save_state(self, folder: str | Path) -> None:
         """Writes all that a resumed learner needs to go on equal to the bit.
@@ -398,7 +359,6 @@ class AdapterLearner:
             "optimizer": self._trainer.optimizer.state_dict(),
             "scheduler": self._scheduler.state_dict(),
             "counters": {"rounds": self.rounds, "steps": self.steps, "num_tokens": self.num_tokens},
-            "extra": self._extra_state(),
         }
         fresh = folder / f".{STATE_FILE}.{os.getpid()}"
         try:
@@ -421,7 +381,7 @@ class AdapterLearner:
             raise LearnerError(f"no learner state in '{folder}': {STATE_FILE} is missing")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            options, adapter, extra = state["options"], state["adapter"], state["extra"]
+            options, adapter = state["options"], state["adapter"]
             optimizer, scheduler, counters = state["optimizer"], state["scheduler"], state["counters"]
         except Exception as fault:
             raise LearnerError(f"learner state '{path}' cannot be read: {fault}") from fault
@@ -437,7 +397,6 @@ class AdapterLearner:
         self._trainer.optimizer.load_state_dict(optimizer)
         self._scheduler.load_state_dict(scheduler)
         self.rounds, self.steps, self.num_tokens = counters["rounds"], counters["steps"], counters["num_tokens"]
-        self._set_extra_state(extra)
 
     def _trainable(self) -> list[tuple[str, Any]]:
         return [(name, tensor) for name, tensor in self.model.named_parameters() if tensor.requires_grad]
@@ -448,42 +407,11 @@ class AdapterLearner:
         return flat | {"init_adapter": self._init_digest}
 
 
-def adapter_tensors(model: Any) -> dict[str, Any]:
-    """The learning adapter's own tensors (not copies) by PEFT's names."""
-    from peft import get_peft_model_state_dict
-
-    return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
-
-
-def adapter_scaling(model: Any) -> dict[str, float]:
-    """PEFT's scale of each adapted module, by its path without PEFT's prefix."""
-    from peft.tuners.lora import LoraLayer
-
-    return {
-        name.removeprefix("base_model.model."): float(module.scaling["default"])
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer)
-    }
-
-
-def means(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of each metric over a round's steps; empty without a step."""
-    names = [name for name in (steps[0] if steps else {}) if name not in _NOT_AVERAGED]
-    return {name: sum(step[name] for step in steps) / len(steps) for name in names}
-
-
-def _digest(folder: Path) -> str | None:
-    """Tells one starting adapter from another; None where there is none, which is told when it is read."""
-    weights = folder / "adapter_model.safetensors"
-    return hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None
-
-
-def _swap_folder(fresh: Path, folder: Path) -> None:
-    """Puts a finished folder in place. A folder cannot replace a full one in one call, so the old one steps aside."""
-    if folder.exists():
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-        os.replace(folder, aside / folder.name)
-        os.replace(fresh, folder)
-        shutil.rmtree(aside, ignore_errors=True)
-    else:
-        os.replace(fresh, folder)
+def means(steps: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
+    """The mean of each metric over those steps of a round that have it; empty without a step."""
+    found: dict[str, list[float]] = {}
+    for step in steps:
+        for name, value in step.items():
+            if value is not None and name not in _NOT_AVERAGED:
+                found.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in found.items()}

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from ember_ray.train.pairs import PAIR_CHOICES
 from ember_ray.train.schedule import SCHEDULES
 
+REFERENCES = ("trainer", "engine")
+SFT_LOSSES = ("nll", "dft")
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -63,6 +67,8 @@ class LearnerOptions:
             None takes the model's context length.
         planned_steps: optimizer steps of the whole run, the length of the schedule; needed unless it is constant.
         seed: of the adapter's first A, the order of rows and the dropout.
+        mismatch_candidates: candidates of each round on which the engine's log-probabilities are compared with the
+            learner's (a forward pass each); None takes all, 0 none.
 
     Raises:
         ValueError: a value is out of range; the message names it.
@@ -81,6 +87,7 @@ class LearnerOptions:
     max_length: int | None = None
     planned_steps: int | None = None
     seed: int = 0
+    mismatch_candidates: int | None = 32
 
     def __post_init__(self) -> None:
         rate = self.learning_rate
@@ -88,16 +95,18 @@ class LearnerOptions:
         self._need(self.max_grad_norm >= 0, f"max_grad_norm must be at least 0, not {self.max_grad_norm}")
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "epochs_per_round"):
             self._need(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
-        kind = self.lr_scheduler_type
-        self._need(kind in SCHEDULES, f"lr_scheduler_type must be one of {', '.join(SCHEDULES)}, not '{kind}'")
+        self._one_of("lr_scheduler_type", SCHEDULES)
         self._need(self.warmup_steps >= 0, f"warmup_steps must be at least 0, not {self.warmup_steps}")
         if self.planned_steps is None:
+            kind = self.lr_scheduler_type
             self._need(kind.startswith("constant"), f"planned_steps is needed for lr_scheduler_type '{kind}'")
             share = 0 < self.warmup_steps < 1
             self._need(not share, f"planned_steps is needed for warmup_steps as a share ({self.warmup_steps})")
         else:
             self._need(self.planned_steps >= 1, f"planned_steps must be at least 1, not {self.planned_steps}")
         self._need(self.max_length is None or self.max_length >= 2, "max_length must be at least 2 tokens")
+        measured = self.mismatch_candidates
+        self._need(measured is None or measured >= 0, f"mismatch_candidates must be at least 0 or null, not {measured}")
 
     @property
     def whole_warmup_steps(self) -> int:
@@ -109,6 +118,10 @@ class LearnerOptions:
     def _need(self, ok: bool, message: str) -> None:
         _need(ok, self.section, message)
 
+    def _one_of(self, name: str, known: Sequence[str]) -> None:
+        value = getattr(self, name)
+        self._need(value in known, f"{name} must be one of {', '.join(known)}, not '{value}'")
+
 
 @dataclass(frozen=True)
 class DpoOptions(LearnerOptions):
@@ -118,6 +131,9 @@ class DpoOptions(LearnerOptions):
         beta: how strongly the policy is held to the reference, the policy that the run started from.
         loss_type, loss_weights: TRL's losses and their weights (None: 1 each); ``sft`` is the negative
             log-likelihood of the chosen answer.
+        pair_choice, min_margin, pairs_per_prompt: which pairs are made of groups, see `make_pairs`.
+        reference: who computes the reference's log-probabilities: ``trainer`` in passes of its own, or ``engine``,
+            whose scores then come in the batch.
 
     Raises:
         ValueError: a value is out of range; the message names it.
@@ -128,6 +144,10 @@ class DpoOptions(LearnerOptions):
     beta: float = 0.1
     loss_type: tuple[str, ...] = ("sigmoid", "sft")
     loss_weights: tuple[float, ...] | None = None
+    pair_choice: str = "best_worst"
+    min_margin: float = 0.05
+    pairs_per_prompt: int = 1
+    reference: str = "trainer"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,6 +157,37 @@ class DpoOptions(LearnerOptions):
             self.loss_weights is None or len(self.loss_weights) == len(self.loss_type),
             f"loss_weights must have one weight for each of loss_type's {len(self.loss_type)}",
         )
+        self._one_of("pair_choice", PAIR_CHOICES)
+        margin = self.min_margin
+        self._need(math.isfinite(margin) and margin >= 0, f"min_margin must be finite and at least 0, not {margin}")
+        self._need(self.pairs_per_prompt >= 0, f"pairs_per_prompt must be at least 0, not {self.pairs_per_prompt}")
+        self._one_of("reference", REFERENCES)
+
+
+@dataclass(frozen=True)
+class SftOptions(LearnerOptions):
+    """How to imitate answers, as in ``trl.SFTConfig``.
+
+    Attributes:
+        loss_type: ``nll``, the negative log-likelihood, or ``dft`` (Wu et al. 2025, "On the generalization of SFT"),
+            which weighs it with the token's probability.
+        min_reward, per_prompt: which candidates of groups are imitated, see `select_best`.
+
+    Raises:
+        ValueError: a value is out of range; the message names it.
+    """
+
+    section: ClassVar[str] = "sft"
+
+    loss_type: str = "nll"
+    min_reward: float = 0.999
+    per_prompt: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._one_of("loss_type", SFT_LOSSES)
+        self._need(not math.isnan(self.min_reward), "min_reward must be a number, not nan")
+        self._need(self.per_prompt >= 0, f"per_prompt must be at least 0, not {self.per_prompt}")
 
 
 def _need(ok: bool, what: str, message: str) -> None:

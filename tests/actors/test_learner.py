@@ -34,12 +34,13 @@ def groups():
     return [ScoredGroup("a", "a prompt", prompt, good), ScoredGroup("b", "b prompt", prompt, flat)]
 
 
-def make_actor(ray, model, num_cpus=1, name=None, **rest):
-    from actors.learner import LearnerActor
+def make_actor(ray, model, num_cpus=1, name=None, options=None, **rest):
+    from actors.learner import LearnerActor, LearnerSettings
     from ember_ray.train.options import DpoOptions, LoraOptions
 
-    options = {"num_cpus": num_cpus} | ({"name": name} if name else {})
-    return LearnerActor.options(**options).remote(model, LoraOptions(r=4), DpoOptions(learning_rate=1e-2), **rest)
+    options = options or DpoOptions(learning_rate=1e-2, min_margin=0.5)
+    settings = LearnerSettings(options.section, model, LoraOptions(r=4), options, **rest)
+    return LearnerActor.options(num_cpus=num_cpus, **({"name": name} if name else {})).remote(settings)
 
 
 def test_rounds_of_a_named_actor(local_ray, tiny_model, groups, tmp_path):
@@ -52,13 +53,14 @@ def test_rounds_of_a_named_actor(local_ray, tiny_model, groups, tmp_path):
     from ember_ray.train.pairs import make_pairs
 
     get = lambda ref: local_ray.get(ref, timeout=LIMIT)  # noqa: E731
-    actor = make_actor(local_ray, tiny_model, name=LEARNER_NAME, min_margin=0.5)
+    actor = make_actor(local_ray, tiny_model, name=LEARNER_NAME)
     get(actor.start.remote())
     assert local_ray.get_actor(LEARNER_NAME)._actor_id == actor._actor_id
 
     first = get(actor.learn.remote(groups))
     assert (first["pairs"], first["steps"], first["rewards/margins"]) == (1, 1, pytest.approx(0.0, abs=1e-5))
     assert (first["pairs/groups"], first["pairs/groups_without_spread"]) == (2, 1)
+    assert first["mismatch/tokens"] == sum(len(s.candidate.token_ids) for g in groups for s in g.candidates)
     pairs, _ = make_pairs(groups, 0.5)
     second = get(actor.learn.remote(pairs))
     assert second["rewards/margins"] > first["rewards/margins"]
@@ -76,12 +78,51 @@ def test_rounds_of_a_named_actor(local_ray, tiny_model, groups, tmp_path):
     get(actor.save_state.remote(tmp_path / "state"))
     third = get(actor.learn.remote(pairs))
     local_ray.kill(actor)
-    again = make_actor(local_ray, tiny_model, min_margin=0.5)
+    again = make_actor(local_ray, tiny_model)
     get(again.load_state.remote(tmp_path / "state"))
     resumed = get(again.learn.remote(pairs))
     assert third.pop("seconds") > 0 and resumed.pop("seconds") > 0
     assert resumed == third
     local_ray.kill(again)
+
+
+def test_best_of_n_resumes_from_an_adapter(local_ray, tiny_model, groups, tmp_path):
+    """The SFT learner on groups, from a starting adapter, in a second process that goes on where the first died."""
+    from actors.adapter_wire import unpack_adapter
+    from ember_ray.train.options import SftOptions
+
+    get = lambda ref: local_ray.get(ref, timeout=LIMIT)  # noqa: E731
+    options = SftOptions(learning_rate=1e-2, min_reward=1.0)
+    first = make_actor(local_ray, tiny_model, options=options)
+    metrics = get(first.learn.remote(groups))
+    assert (metrics["rows"], metrics["selection/groups"], metrics["selection/groups_selected"]) == (1, 2, 1)
+    get(first.save_adapter.remote(tmp_path / "adapter"))
+    wanted = unpack_adapter(get(first.adapter_update.remote(1)))
+    local_ray.kill(first)
+
+    start = {"options": options, "init_adapter": str(tmp_path / "adapter")}
+    second = make_actor(local_ray, tiny_model, **start)
+    found = unpack_adapter(get(second.adapter_update.remote(1)))
+    assert all((found.tensors[name] == wanted.tensors[name]).all() for name in wanted.tensors)
+    get(second.learn.remote(groups))
+    get(second.save_state.remote(tmp_path / "state"))
+    one = get(second.learn.remote(groups))
+    local_ray.kill(second)
+    third = make_actor(local_ray, tiny_model, **start)
+    assert get(third.load_state.remote(tmp_path / "state")) == 1
+    other = get(third.learn.remote(groups))
+    assert {**one, "seconds": 0} == {**other, "seconds": 0}
+    local_ray.kill(third)
+
+
+def test_settings_that_do_not_fit_each_other():
+    from actors.learner import LearnerSettings
+    from ember_ray.train.options import DpoOptions, LoraOptions, SftOptions
+
+    with pytest.raises(ValueError, match="kind must be one of sft, dpo, grpo, not 'ppo'"):
+        LearnerSettings("ppo", "model", LoraOptions(), DpoOptions())
+    with pytest.raises(ValueError, match="of kind 'dpo' cannot take SftOptions"):
+        LearnerSettings("dpo", "model", LoraOptions(), SftOptions())
 
 
 def test_a_missing_model_is_told_as_itself(local_ray, tmp_path):

@@ -113,7 +113,7 @@ def test_the_older_version_is_named():
 
 
 @pytest.mark.parametrize(
-    ("margin", "most", "word"), [(-0.1, 1, "min_margin"), (math.nan, 1, "min_margin"), (0.1, 0, "pairs_per_prompt")]
+    ("margin", "most", "word"), [(-0.1, 1, "min_margin"), (math.nan, 1, "min_margin"), (0.1, -1, "pairs_per_prompt")]
 )
 def test_bad_arguments(margin, most, word):
     with pytest.raises(ValueError, match=word):
