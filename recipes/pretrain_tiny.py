@@ -1,49 +1,36 @@
-"""Trains the tiny Qwen3 of the CPU demo from scratch.
+"""Trains the tiny Qwen3 of the CPU demo from scratch, one for each task.
 
 A byte-level BPE tokenizer first, then next-token learning on answers only, in two phases: clean demonstrations until
 the model can do the task, then demonstrations of mixed quality, so that its samples differ in ways that a verifier
-can tell apart and reinforcement has something to do. The default configuration makes the shipped model.
+can tell apart and reinforcement has something to do. The default configuration makes the shipped model of JSON
+extraction, configs/pretrain_tiny_sql.yaml that of text-to-SQL.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import platform
-import random
-import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from ember_ray.config.cli import run_cli
 from ember_ray.config.errors import UserError
-from ember_ray.config.schema import Section
-from ember_ray.data.demonstrations import CLEAN, DemonstrationMix, demonstrate
-from ember_ray.data.example import Example
-from ember_ray.data.extraction import generate_examples
-from verifiers.json_extraction import verify
+from ember_ray.config.sections import Section
+from ember_ray.data.demonstrations import DemonstrationMix
+from ember_ray.data.sql_demonstrations import SqlDemonstrationMix
+from ember_ray.train.pretrain import Phase, encode, learn
+from ember_ray.train.tiny_model import generate_texts, new_model, save, train_tokenizer
+from recipes.pretrain_tasks import ExtractTask, PretrainTask, SqlTask
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-CHAT_TEMPLATE = (  # the one that Qwen3 has, without tools and thinking
-    "{%- for message in messages %}"
-    "{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
-    "{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
-)
-# Digits in pairs, words with the space before them, JSON punctuation such as '": "' in one piece: short and few
-# different pieces are what two layers need to learn copying.
-PIECES = r"\d{1,2}| ?[\p{L}_]+| ?[^\s\p{L}\d_]+ ?[^\s\p{L}\d_]*|\s"
-IGNORED = -100
+DEFAULT_CONFIGS = {"extract": "pretrain_tiny", "sql": "pretrain_tiny_sql"}
 
 
 class CleanPhase(Section):
@@ -74,6 +61,18 @@ class MixSection(Section):
     chatter: float = Field(0.15, ge=0, le=1, description="Share of answers with a sentence around the JSON.")
 
 
+class SqlMixSection(Section):
+    """``sql_mix.*``"""
+
+    wrong_column: float = Field(0.18, ge=0, le=1, description="Share of queries with another column in place of one.")
+    missing_filter: float = Field(0.15, ge=0, le=1, description="Share of queries with one condition missing.")
+    wrong_operator: float = Field(0.15, ge=0, le=1, description="Share of queries with another comparison.")
+    wrong_aggregate: float = Field(0.15, ge=0, le=1, description="Share of aggregates that are of another kind.")
+    missing_order: float = Field(0.18, ge=0, le=1, description="Share of orders that are missing or turned round.")
+    broken_syntax: float = Field(0.12, ge=0, le=1, description="Share of queries that do not run.")
+    chatter: float = Field(0.14, ge=0, le=1, description="Share of queries with a sentence around them.")
+
+
 class ModelShape(Section):
     """``model.*``"""
 
@@ -99,10 +98,16 @@ class ModelShape(Section):
 class PretrainTinyConfig(Section):
     """Everything that decides what the tiny model becomes."""
 
+    task: Literal["extract", "sql"] = Field("extract", description="What the model learns: JSON extraction or SQL.")
     output: str = Field("runs/qwen3-tiny-extract", min_length=1, description="Folder of the model; replaced whole.")
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of documents, faults, first weights and order.")
     threads: int = Field(1, ge=1, description="CPU threads; with another number sums round differently.")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="Where it learns.")
     difficulty: Literal["easy", "hard", "hard_rule"] = Field("easy", description="Documents to learn from.")
+    levels: Annotated[list[Literal[1, 2, 3, 4]], Field(min_length=1)] = Field(
+        [1, 2, 3, 4], description="Levels of the SQL questions to learn from."
+    )
+    databases: str = Field("runs/databases", min_length=1, description="Folder of the SQL questions' databases.")
     vocab_size: int = Field(1024, ge=300, le=8192, description="Most tokens of the BPE, special ones included.")
     tokenizer_samples: int = Field(8000, ge=1, description="Documents that the tokenizer is trained on.")
     model: ModelShape = Field(default_factory=ModelShape, description="The shape of the Qwen3.")
@@ -113,252 +118,62 @@ class PretrainTinyConfig(Section):
     clean: CleanPhase = Field(default_factory=CleanPhase, description="Phase 1, clean demonstrations.")
     mixed: MixedPhase = Field(default_factory=MixedPhase, description="Phase 2, demonstrations of mixed quality.")
     mix: MixSection = Field(default_factory=MixSection, description="Faults of phase 2, drawn one by one an answer.")
+    sql_mix: SqlMixSection = Field(default_factory=SqlMixSection, description="The same for SQL queries.")
     eval_prompts: int = Field(256, ge=0, description="Held-out prompts, evaluated after each phase; 0 = none.")
     eval_samples: int = Field(4, ge=1, description="Answers a prompt at temperature 1.")
 
+    def recorded(self) -> dict[str, Any]:
+        """The settings that decide what the model becomes, for its ``training.json``."""
+        other = {"difficulty", "mix"} if self.task == "sql" else {"levels", "sql_mix"}
+        return self.model_dump(exclude={"output", "databases", *other})
 
-def train_tokenizer(texts: list[str], config: PretrainTinyConfig) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with Qwen's special tokens and chat template (without the thinking parts)."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
+def new_task(config: PretrainTinyConfig) -> PretrainTask:
+    """The task by its name."""
+    if config.task == "sql":
+        mix = SqlDemonstrationMix(**config.sql_mix.model_dump())
+        return SqlTask(config.levels, config.databases, mix, config.seed)
+    return ExtractTask(config.difficulty, DemonstrationMix(**config.mix.model_dump()), config.seed)
+
+
+def phase_options(name: str, phase: CleanPhase | MixedPhase, config: PretrainTinyConfig) -> Phase:
+    """What the phase's own and the common settings say together."""
+    return Phase(
+        name=name,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        muon_learning_rate=phase.muon_learning_rate,
+        adamw_learning_rate=phase.adamw_learning_rate,
+        warmup_share=config.warmup_share,
+        weight_decay=config.weight_decay,
+        grad_clip=config.grad_clip,
     )
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=config.vocab_size,
-        special_tokens=[END_OF_TEXT, TURN_START, TURN_END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token=TURN_END,
-        pad_token=END_OF_TEXT,
-        model_max_length=config.model.max_position_embeddings,
-        clean_up_tokenization_spaces=False,
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
-
-
-def new_model(config: PretrainTinyConfig, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """A Qwen3 with random weights and tied embeddings."""
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(config.seed)
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            **config.model.model_dump(exclude={"rope_theta"}),
-            rope_parameters={"rope_type": "default", "rope_theta": config.model.rope_theta},
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            dtype="float32",
-        )
-    )
-
-
-def render(tokenizer: PreTrainedTokenizerFast, example: Example) -> str:
-    """The chat as text, up to where the answer begins."""
-    return tokenizer.apply_chat_template(example.messages, tokenize=False, add_generation_prompt=True)
-
-
-Encoded = tuple[list[int], int]
-"""Token ids of prompt and answer, and how many of them are the prompt."""
-
-
-def encode(tokenizer: PreTrainedTokenizerFast, examples: list[Example], answers: list[str]) -> list[Encoded]:
-    """Renders the chat, with the end of turn as the last token of the answer."""
-    if not examples:
-        return []  # tokenizers refuse an empty batch
-    prompts = [render(tokenizer, example) for example in examples]
-    prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-    answer_ids = tokenizer([answer + TURN_END for answer in answers], add_special_tokens=False)["input_ids"]
-    return [(prompt + answer, len(prompt)) for prompt, answer in zip(prompt_ids, answer_ids, strict=True)]
-
-
-def batches(encoded: list[Encoded], batch_size: int, rng: random.Random) -> Iterator[list[Encoded]]:
-    """Every sample once, those of like length together, so that little is padded."""
-    window = 16 * batch_size
-    for start in range(0, len(encoded), window):
-        part = sorted(encoded[start : start + window], key=lambda sample: len(sample[0]))
-        groups = [part[at : at + batch_size] for at in range(0, len(part), batch_size)]
-        rng.shuffle(groups)
-        yield from groups
-
-
-def answer_loss(model: Qwen3ForCausalLM, batch: list[Encoded], pad_id: int) -> torch.Tensor:
-    """Mean cross-entropy over the answers' tokens.
-
-    Padding is on the right, so causal attention never sees it and needs no mask. The head runs on those positions
-    only that predict an answer's token.
-    """
-    import torch
-    import torch.nn.functional as F
-
-    length = max(len(ids) for ids, _ in batch)
-    inputs = torch.tensor([ids + [pad_id] * (length - len(ids)) for ids, _ in batch])
-    labels = torch.full((len(batch), length), IGNORED)
-    for row, (ids, prompt_length) in enumerate(batch):
-        labels[row, prompt_length - 1 : len(ids) - 1] = torch.tensor(ids[prompt_length:])
-    wanted = labels != IGNORED
-    hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state
-    return F.cross_entropy(model.lm_head(hidden[wanted]), labels[wanted])
-
-
-def new_optimizers(
-    model: Qwen3ForCausalLM, phase: CleanPhase | MixedPhase, config: PretrainTinyConfig
-) -> list[torch.optim.Optimizer]:
-    """Muon (Jordan et al. 2024) for the layers' matrices, AdamW for the rest.
-
-    With AdamW alone the same model needs over five times as many samples to copy reliably.
-    """
-    import torch
-
-    matrices: list[torch.nn.Parameter] = []
-    embeddings: list[torch.nn.Parameter] = []
-    norms: list[torch.nn.Parameter] = []
-    for name, weight in model.named_parameters():
-        (norms if weight.dim() < 2 else embeddings if "embed_tokens" in name else matrices).append(weight)
-    return [
-        torch.optim.Muon(matrices, lr=phase.muon_learning_rate, weight_decay=config.weight_decay, momentum=0.95),
-        torch.optim.AdamW(
-            [{"params": embeddings, "weight_decay": config.weight_decay}, {"params": norms, "weight_decay": 0.0}],
-            lr=phase.adamw_learning_rate,
-            betas=(0.9, 0.98),
-            fused=True,
-        ),
-    ]
-
-
-def learn(
-    model: Qwen3ForCausalLM,
-    encoded: list[Encoded],
-    phase: CleanPhase | MixedPhase,
-    config: PretrainTinyConfig,
-    name: str,
-    pad_id: int,
-) -> int:
-    """One phase: every sample once, linear warm-up, then a cosine to a tenth of the peak; returns the steps made."""
-    import torch
-
-    steps = math.ceil(len(encoded) / config.batch_size)
-    warmup = int(config.warmup_share * steps)
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
-
-    optimizers = new_optimizers(model, phase, config)
-    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in optimizers]
-    model.train()
-    started, tokens = time.perf_counter(), 0
-    losses: list[float] = []
-    for batch in batches(encoded, config.batch_size, random.Random(f"{name}/{config.seed}")):
-        loss = answer_loss(model, batch, pad_id)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            schedule.step()
-        model.zero_grad(set_to_none=True)
-        tokens += sum(len(ids) for ids, _ in batch)
-        losses.append(loss.item())
-        if len(losses) % 50 == 0 or len(losses) == steps:
-            seconds, recent = time.perf_counter() - started, losses[-50:]
-            print(
-                f"{name:>6}  step {len(losses):>5}/{steps}  loss {sum(recent) / len(recent):.4f}  "
-                f"{tokens / seconds:6.0f} tokens/s  {seconds:4.0f} s",
-                flush=True,
-            )
-    return steps
-
-
-def generate_texts(
-    model: Qwen3ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    examples: list[Example],
-    samples: int,
-    temperature: float,
-) -> list[list[str]]:
-    """``samples`` answers to each example; greedy at temperature 0."""
-    import torch
-
-    model.eval()
-    tokenizer.padding_side = "left"
-    answers: list[list[str]] = []
-    for start in range(0, len(examples), 64):
-        prompts = [render(tokenizer, example) for example in examples[start : start + 64]]
-        inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
-        how: dict[str, Any] = {"do_sample": False}
-        if temperature:
-            how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        with torch.no_grad():
-            out = model.generate(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                num_return_sequences=samples,
-                max_new_tokens=96,
-                **how,
-            )
-        texts = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        answers += [texts[at : at + samples] for at in range(0, len(texts), samples)]
-    return answers
 
 
 def evaluate(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, config: PretrainTinyConfig
-) -> dict[str, float]:
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, task: PretrainTask, config: PretrainTinyConfig
+) -> dict[str, Any]:
     """Exact match on held-out prompts, of the greedy answer and of samples at temperature 1."""
     import torch
 
     if config.eval_prompts == 0:
         return {}
     torch.manual_seed(config.seed)
-    examples = generate_examples("validation", config.difficulty, config.eval_prompts, config.seed)
-    result = {}
+    rows = task.rows("validation", config.eval_prompts)
+    result: dict[str, Any] = {}
     for name, samples, temperature in (("greedy", 1, 0.0), ("sampled", config.eval_samples, 1.0)):
-        answers = generate_texts(model, tokenizer, examples, samples, temperature)
-        right = [
-            verify(text, example.gold, example.schema).components["exact_match"]
-            for group, example in zip(answers, examples, strict=True)
-            for text in group
-        ]
-        result[f"exact_match_{name}"] = round(sum(right) / len(right), 4)
+        matches = task.exact_matches(rows, generate_texts(model, tokenizer, rows, samples, temperature))
+        by_difficulty: dict[str, list[float]] = {}
+        for row, right in zip(rows, matches, strict=True):
+            by_difficulty.setdefault(str(row.difficulty), []).extend(right)
+        result[f"exact_match_{name}"] = _mean([one for right in matches for one in right])
+        if len(by_difficulty) > 1:
+            result[f"exact_match_{name}_by_level"] = {key: _mean(by_difficulty[key]) for key in sorted(by_difficulty)}
     return result
 
 
-def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, record: dict[str, Any], output: Path) -> None:
-    """Writes the whole Hugging Face folder under another name first, then puts it in place of the old one."""
-    from transformers import GenerationConfig
-
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.generation_config = GenerationConfig(
-        do_sample=True, temperature=1.0, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial, save_jinja_files=False)
-    described = json.loads((partial / "tokenizer_config.json").read_text())
-    described["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that every version of transformers knows
-    (partial / "tokenizer_config.json").write_text(json.dumps(described, indent=2) + "\n")
-    (partial / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-    for path in partial.iterdir():
-        path.chmod(0o644)
-    if output.exists():
-        shutil.rmtree(output)
-    os.replace(partial, output)
+def _mean(values: Sequence[float]) -> float:
+    return round(sum(values) / len(values), 4)
 
 
 def pretrain(config: PretrainTinyConfig) -> dict[str, Any]:
@@ -379,24 +194,25 @@ def pretrain(config: PretrainTinyConfig) -> dict[str, Any]:
     torch.set_num_threads(config.threads)
     started = time.perf_counter()
 
-    mix = DemonstrationMix(**config.mix.model_dump())
-    rng = random.Random(f"demonstrations/{config.seed}")
-    examples = generate_examples("train", config.difficulty, config.clean.samples + config.mixed.samples, config.seed)
+    task = new_task(config)
+    examples = task.rows("train", config.clean.samples + config.mixed.samples)
     seen = examples[: config.tokenizer_samples]
     # The tokenizer reads both kinds of answers, so that faults cost no more tokens than what is right.
-    texts = [text for e in seen for text in (e.messages[-1]["content"], demonstrate(e, rng), demonstrate(e, rng, mix))]
-    tokenizer = train_tokenizer(texts, config)
-    model = new_model(config, tokenizer)
+    texts = [
+        text
+        for row in seen
+        for text in (row.messages[-1]["content"], task.demonstrate(row, mixed=False), task.demonstrate(row, mixed=True))
+    ]
+    shape = config.model.model_dump()
+    tokenizer = train_tokenizer(texts, task.pieces, config.vocab_size, config.model.max_position_embeddings)
+    model = new_model(shape, shape.pop("rope_theta"), config.seed, tokenizer).to(config.device)
     rows = {"clean": examples[: config.clean.samples], "mixed": examples[config.clean.samples :]}
-    answers = {
-        "clean": [demonstrate(example, rng, CLEAN) for example in rows["clean"]],
-        "mixed": [demonstrate(example, rng, mix) for example in rows["mixed"]],
-    }
+    answers = {name: [task.demonstrate(row, mixed=name == "mixed") for row in rows[name]] for name in rows}
     encoded = {name: encode(tokenizer, rows[name], answers[name]) for name in rows}
     lengths = [len(ids) for ids, _ in encoded["clean"]]
     record: dict[str, Any] = {
-        "recipe": "python -m recipes.pretrain_tiny --config configs/pretrain_tiny.yaml",
-        "config": config.model_dump(exclude={"output"}),
+        "recipe": f"python -m recipes.pretrain_tiny --config configs/{DEFAULT_CONFIGS[config.task]}.yaml",
+        "config": config.recorded(),
         "parameters": model.num_parameters(),
         "vocabulary": len(tokenizer),
         "tokens_per_sample": {"mean": round(sum(lengths) / len(lengths), 1), "max": max(lengths)},
@@ -407,19 +223,20 @@ def pretrain(config: PretrainTinyConfig) -> dict[str, Any]:
         f"{time.perf_counter() - started:.0f} s",
         flush=True,
     )
-    phases: tuple[tuple[str, CleanPhase | MixedPhase], ...] = (("clean", config.clean), ("mixed", config.mixed))
-    for name, phase in phases:
+    for name, phase in (("clean", config.clean), ("mixed", config.mixed)):
         if not encoded[name]:
             continue
         at = time.perf_counter()
-        steps = learn(model, encoded[name], phase, config, name, tokenizer.pad_token_id)
+        steps = learn(model, encoded[name], phase_options(name, phase, config), tokenizer.pad_token_id)
         seconds = round(time.perf_counter() - at, 1)
-        faultless = [answer == demonstrate(row, rng) for answer, row in zip(answers[name], rows[name], strict=True)]
+        faultless = [
+            answer == task.demonstrate(row, mixed=False) for answer, row in zip(answers[name], rows[name], strict=True)
+        ]
         record[name] = {
             "steps": steps,
             "seconds": seconds,
             "faultless_share": round(sum(faultless) / len(faultless), 4),
-            **evaluate(model, tokenizer, config),
+            **evaluate(model, tokenizer, task, config),
         }
     record["versions"] = {
         "python": platform.python_version(),

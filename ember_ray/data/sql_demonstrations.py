@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import cast
 
 from ember_ray.data.example import Example
-from ember_ray.data.sql_faults import FAULTS
+from ember_ray.data.sql_faults import FAULTS, Columns
 from ember_ray.data.sql_results import Databases
 
-INTRODUCTIONS = ("Here is the query: ", "Sure! ", "The answer is ")
+INTRODUCTIONS = ("Sure! ", "The query is ")
 FAREWELLS = (" Done.", " I hope this helps.")
 
 
@@ -50,45 +50,66 @@ class SqlDemonstrationMix:
 SQL_CLEAN = SqlDemonstrationMix()
 
 
-def with_sql_demonstrations(examples: Sequence[Example], mix: SqlDemonstrationMix, seed: int) -> list[Example]:
-    """The same examples with a demonstration as ``completion``: the gold query, with faults at the rates of ``mix``.
+class SqlDemonstrator:
+    """Writes demonstrations; databases that were read once stay in memory."""
 
-    A row's demonstration depends on its id and the seed only, not on the rows beside it.
+    def __init__(self) -> None:
+        self._opened: dict[tuple[str, ...], tuple[Databases, Columns]] = {}
 
-    Raises:
-        ValueError: a row has no gold query or no databases.
-        OSError: a database cannot be read.
-    """
-    opened: dict[tuple[str, ...], Databases] = {}
-    shown: list[Example] = []
-    for example in examples:
+    def __call__(self, example: Example, rng: random.Random, mix: SqlDemonstrationMix = SQL_CLEAN) -> str:
+        """The gold query of an example, with faults at the rates of ``mix``.
+
+        Raises:
+            ValueError: the example has no gold query or no databases.
+            OSError: a database cannot be read.
+        """
         paths = example.columns.get("databases")
         if not isinstance(example.gold, str) or not paths:
-            raise ValueError(f"row {example.id} needs a gold query and databases for a SQL demonstration")
-        key = tuple(cast(Sequence[str], paths))
-        if key not in opened:
-            opened[key] = Databases.open(list(key))
-        rng = random.Random(f"sql demonstration/{seed}/{example.id}")
-        shown.append(replace(example, completion=_demonstrate(example.gold, opened[key], mix, rng)))
-    return shown
+            raise ValueError(f"row '{example.id}' needs a gold query and databases for a SQL demonstration")
+        happens = {part.name: rng.random() < getattr(mix, part.name) for part in fields(mix)}
+        text = example.gold
+        if any(happens[fault] for fault in FAULTS):
+            text = self._edit(text, tuple(cast(Sequence[str], paths)), happens, rng)
+        if happens["chatter"]:
+            text = rng.choice(INTRODUCTIONS) + text if rng.random() < 0.5 else text + rng.choice(FAREWELLS)
+        return text
 
-
-def _demonstrate(gold: str, databases: Databases, mix: SqlDemonstrationMix, rng: random.Random) -> str:
-    happens = {part.name: rng.random() < getattr(mix, part.name) for part in fields(mix)}
-    text = gold
-    if any(happens[fault] for fault in FAULTS):
-        results, columns = databases.run_all(gold), databases.columns()
+    def _edit(self, gold: str, paths: tuple[str, ...], happens: dict[str, bool], rng: random.Random) -> str:
+        if paths not in self._opened:
+            read = Databases.open(paths)
+            self._opened[paths] = (read, read.columns())
+        databases, columns = self._opened[paths]
+        results = databases.run_all(gold)
 
         def shows(fault: str, query: str) -> bool:
             if fault == "broken_syntax":
                 return databases.run(0, query) is None
             return databases.differs(query, gold, results)
 
+        text = gold
         for fault, edits in FAULTS.items():
             if happens[fault]:
                 edited = edits(text, columns)
                 rng.shuffle(edited)
                 text = next((query for query in edited if shows(fault, query)), text)
-    if happens["chatter"]:
-        text = rng.choice(INTRODUCTIONS) + text if rng.random() < 0.5 else text + rng.choice(FAREWELLS)
-    return text
+        return text
+
+
+def with_sql_demonstrations(
+    examples: Iterable[Example], mix: SqlDemonstrationMix = SQL_CLEAN, seed: int = 0
+) -> list[Example]:
+    """The examples with a query in ``completion``; rows that have one keep it.
+
+    What a row gets depends on its id, ``mix`` and ``seed`` only, not on its place or on the other rows.
+
+    Raises:
+        ValueError: a row has no completion, and no gold query or no databases to write one of.
+        OSError: a database cannot be read.
+    """
+    demonstrate = SqlDemonstrator()
+    return [
+        example
+        if example.completion is not None
+        else replace(example, completion=demonstrate(example, random.Random(f"{seed}/{example.id}"), mix))
+        for example in examples
+    ]

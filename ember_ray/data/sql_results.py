@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sqlite3
+from collections.abc import Sequence
 from pathlib import Path
 
 Result = list[tuple] | None
@@ -21,7 +22,7 @@ class Databases:
         contents: the database files' contents, one an instance.
     """
 
-    def __init__(self, contents: list[bytes]) -> None:
+    def __init__(self, contents: Sequence[bytes]) -> None:
         self.connections: list[sqlite3.Connection] = []
         for content in contents:
             connection = sqlite3.connect(":memory:")
@@ -30,7 +31,7 @@ class Databases:
             self.connections.append(connection)
 
     @classmethod
-    def open(cls, paths: list[str]) -> Databases:
+    def open(cls, paths: Sequence[str]) -> Databases:
         """Raises OSError where a file cannot be read."""
         return cls([Path(path).read_bytes() for path in paths])
 

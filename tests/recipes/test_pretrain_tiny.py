@@ -9,7 +9,8 @@ import yaml
 from ember_ray.assets import tiny_model_path
 from ember_ray.config.load import load_config
 from ember_ray.data.extraction import generate_examples
-from recipes.pretrain_tiny import PretrainTinyConfig, batches
+from ember_ray.train.pretrain import batches
+from recipes.pretrain_tiny import PretrainTinyConfig
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "pretrain_tiny.yaml"
 FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
@@ -29,7 +30,7 @@ def test_the_shipped_files_are_small_and_complete():
 def test_the_shipped_model_is_what_the_shipped_configuration_makes():
     record = _record()
     shipped = load_config(PretrainTinyConfig, CONFIG)
-    assert record["config"] == shipped.model_dump(exclude={"output"})
+    assert record["config"] == shipped.recorded()
     assert "configs/pretrain_tiny.yaml" in record["recipe"]
     assert shipped == PretrainTinyConfig(), "the file shows the defaults"
     assert record["clean"]["steps"] == -(-shipped.clean.samples // shipped.batch_size)
@@ -83,7 +84,7 @@ def test_the_recorded_greedy_accuracy_holds_here():
     """The first prompts of the recorded evaluation: other processors round differently, so with room."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from recipes.pretrain_tiny import generate_texts
+    from ember_ray.train.tiny_model import generate_texts
     from verifiers.json_extraction import verify
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_path(), local_files_only=True)
@@ -110,7 +111,7 @@ def test_answers_only_are_learned():
     import torch
     from transformers import AutoModelForCausalLM
 
-    from recipes.pretrain_tiny import answer_loss
+    from ember_ray.train.pretrain import answer_loss
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model_path(), local_files_only=True).eval()
     rows = [([5, 9, 40, 41, 42, 2], 3), ([7, 8, 50, 2], 2)]
@@ -169,7 +170,7 @@ def test_clean_learning_lowers_the_loss(tmp_path):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from recipes.pretrain_tiny import answer_loss, encode
+    from ember_ray.train.pretrain import answer_loss, encode
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m", local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "m", local_files_only=True)
