@@ -53,12 +53,13 @@ class TaskReader:
 
     Attributes:
         validity: components of the verdict that say whether the form is right, e.g. ``("parse", "schema")``.
-        read: must not look at the reward, nor at components that compare with the gold answer.
+        read: a reading of each of some candidates of a group, in their order; it must not look at the reward, nor at
+            components that compare with the gold answer.
         count_fields: for micro-averaged fields; None if the task has none.
     """
 
     validity: tuple[str, ...]
-    read: Callable[[ScoredGroup, ScoredCandidate], Reading]
+    read: Callable[[ScoredGroup, Sequence[ScoredCandidate]], Sequence[Reading]]
     count_fields: Callable[[ScoredGroup, ScoredCandidate], FieldCounts] | None = None
 
 
@@ -98,14 +99,14 @@ def evaluate(
         result |= measured("field_f1_greedy", field_scores(greedy, reader.count_fields)["field_f1"], seed)
     if "exact_match_sampled" in result:
         result["pass_at_k"] = _points(lambda size: pass_rates(sampled, size), sampled, seed)
-        chances = {name: selection_rates(sampled, reader.read, name) for name in SELECTORS}
+        readings = [reader.read(group, _judged(group)) for group in sampled]
         result["best_of_n"] = {
             name: {
-                "selector": SELECTORS[name],
+                "selector": words,
                 "gold_free": name != "oracle",
-                "points": _points(chances[name], sampled, seed),
+                "points": _points(selection_rates(sampled, readings, name), sampled, seed),
             }
-            for name in SELECTORS
+            for name, words in SELECTORS.items()
         }
         result["has_logprobs"] = any(scored.candidate.logprobs for group in sampled for scored in group.candidates)
     return result
@@ -121,21 +122,24 @@ def pass_rates(groups: Sequence[ScoredGroup], k: int) -> PerPrompt:
 
 
 def selection_rates(
-    groups: Sequence[ScoredGroup], read: Callable[[ScoredGroup, ScoredCandidate], Reading], selector: str
+    groups: Sequence[ScoredGroup], readings: Sequence[Sequence[Reading]], selector: str
 ) -> Callable[[int], PerPrompt]:
-    """Expected exact match of the candidate that a selector of ``SELECTORS`` takes out of n, as a function of n."""
+    """Expected exact match of the candidate that a selector of ``SELECTORS`` takes out of n, as a function of n.
+
+    Args:
+        readings: of the judged candidates of each group.
+    """
     pick = majority if selector == "majority" else best_ranked
     prepared: list[tuple[list[float], list[Any]]] = []
-    for group in groups:
+    for group, read in zip(groups, readings, strict=True):
         judged = _judged(group)
         scores = [scored.components["exact_match"] for scored in judged]
-        by: list[Any] = scores
-        if selector != "oracle":
-            readings = [read(group, scored) for scored in judged]
-            if selector == "majority":
-                by = [reading.key if reading.valid else None for reading in readings]
-            else:
-                by = [(one.valid, _mean_logprob(scored)) for one, scored in zip(readings, judged, strict=True)]
+        if selector == "oracle":
+            by: list[Any] = scores
+        elif selector == "majority":
+            by = [one.key if one.valid else None for one in read]
+        else:
+            by = [(one.valid, _mean_logprob(scored)) for one, scored in zip(read, judged, strict=True)]
         prepared.append((scores, by))
 
     def rates(size: int) -> PerPrompt:

@@ -32,7 +32,7 @@ def group(name: str, *answers: tuple) -> ScoredGroup:
 
 READER = TaskReader(
     ("execute",),
-    lambda group, scored: Reading(not scored.candidate.text.startswith("!"), scored.candidate.text),
+    lambda group, some: [Reading(not one.candidate.text.startswith("!"), one.candidate.text) for one in some],
 )
 
 
