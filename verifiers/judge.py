@@ -167,7 +167,7 @@ class Judge:
             if reason:
                 reasons.append(f"{function.name}: {reason}" if self._several else reason)
         if all(score.value is None and score.fault is None for score in scores):
-            reasons.append("no reward function applies")
+            reasons = reasons or ["no reward function applies"]
         elif not math.isfinite(total):
             reasons.append(f"the sum of the rewards is {total}")
         elif not any(score.fault for score in scores):

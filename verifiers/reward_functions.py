@@ -29,7 +29,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from verifiers import sql
 from verifiers.json_extraction import CompareOptions, RewardDesign, Verdict, verify
+from verifiers.sql import SqlLimits, SqlRewardDesign
 
 RESERVED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 """Names of arguments that every reward function gets; no setting may have one."""
@@ -125,7 +127,57 @@ def json_extraction_verdicts(
     ]
 
 
-BUILT_IN: dict[str, Callable[..., Any]] = {"json_extraction": json_extraction_verdicts}
+def sql_execution(
+    prompts: Sequence[Any],
+    completions: Sequence[Completion],
+    gold: Sequence[str],
+    databases: Sequence[Sequence[str]],
+    design: SqlRewardDesign | str = "decomposed",
+    limits: SqlLimits = SqlLimits(),  # noqa: B008 (frozen)
+    log_metric: Callable[[str, float], None] | None = None,
+    **columns: Any,
+) -> list[float | None]:
+    """The SQL verifier (`verifiers.sql`) as a reward function, for TRL too.
+
+    Args:
+        prompts: not looked at.
+        completions: the answers, as text or message lists.
+        gold: the column of gold queries.
+        databases: the column of SQLite files, for each row the paths of one or several instances.
+        design: how the reward is made; a name stands for the design with its own weights.
+        limits: of one query over all instances.
+        log_metric: TRL's; gets the mean of every component as ``sql_execution/<component>``.
+
+    Returns:
+        A reward between 0 and 1 for each completion; None where the row's gold query or a database is at fault.
+    """
+    verdicts = sql_execution_verdicts(prompts, completions, gold, databases, design, limits)
+    _log_means("sql_execution", verdicts, log_metric)
+    return [verdict.reward for verdict in verdicts]
+
+
+def sql_execution_verdicts(
+    prompts: Sequence[Any],
+    completions: Sequence[Completion],
+    gold: Sequence[str],
+    databases: Sequence[Sequence[str]],
+    design: SqlRewardDesign | str = "decomposed",
+    limits: SqlLimits = SqlLimits(),  # noqa: B008 (frozen)
+    **columns: Any,
+) -> list[sql.Verdict]:
+    """`sql_execution` with components and reasons."""
+    design = SqlRewardDesign(design) if isinstance(design, str) else design  # type: ignore[arg-type]
+    items = [
+        sql.SqlItem(completion_text(completion), row_gold, row_databases)
+        for completion, row_gold, row_databases in zip(completions, gold, databases, strict=True)
+    ]
+    return sql.verify_batch(items, design, limits)
+
+
+BUILT_IN: dict[str, Callable[..., Any]] = {
+    "json_extraction": json_extraction_verdicts,
+    "sql_execution": sql_execution_verdicts,
+}
 """Reward functions of our own by name, in the form that gives verdicts."""
 
 
@@ -176,10 +228,10 @@ def completion_text(completion: Completion) -> str:
 
 
 def _log_means(name: str, verdicts: Sequence[Any], log_metric: Callable[[str, float], None] | None) -> None:
-    if log_metric is not None and verdicts:
-        for part in verdicts[0].components:
-            mean = math.fsum(verdict.components[part] for verdict in verdicts) / len(verdicts)
-            log_metric(f"{name}/{part}", mean)
+    parts = [verdict.components for verdict in verdicts if verdict.reward is not None]
+    if log_metric is not None and parts:
+        for part in parts[0]:
+            log_metric(f"{name}/{part}", math.fsum(values[part] for values in parts) / len(parts))
 
 
 def _module_of_file(path: Path) -> Any:
@@ -207,7 +259,7 @@ def _module_of_file(path: Path) -> Any:
 
 def _check_signature(name: str, function: Any) -> None:
     if not callable(function) or inspect.isclass(function):
-        kind = "a class" if inspect.isclass(function) else f"a {type(function).__name__}"
+        kind = "a class" if inspect.isclass(function) else f"of type {type(function).__name__}"
         raise ValueError(f"reward function '{name}' is {kind}: name a function, or an instance that can be called")
     try:
         parameters = list(inspect.signature(function).parameters.values())
