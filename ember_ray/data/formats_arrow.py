@@ -70,11 +70,14 @@ def saved_split(folder: Path) -> Path:
     return folder / _only(folder, splits)
 
 
-def saved_files(folder: Path) -> list[Path]:
-    """The Arrow files that hold the rows of a saved split, in order."""
+def saved_files(folder: Path) -> list[tuple[Path, int]]:
+    """The Arrow files that hold the rows of a saved split, in order, each with the number of its rows."""
+    import pyarrow
     from datasets import load_from_disk
 
-    return [Path(shard["filename"]) for shard in load_from_disk(str(folder)).cache_files]
+    files = [Path(shard["filename"]) for shard in load_from_disk(str(folder)).cache_files]
+    rows = [pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))).read_all().num_rows for file in files]
+    return [(folder / file.name, count) for file, count in zip(files, rows, strict=True)]
 
 
 def read_saved(folder: Path, name: str) -> Iterator[Row]:

@@ -1,9 +1,10 @@
 import json
 import random
+from dataclasses import replace
 
 import pytest
 
-from ember_ray.data.demonstrations import CLEAN, EXTRA_FIELDS, DemonstrationMix, demonstrate
+from ember_ray.data.demonstrations import CLEAN, EXTRA_FIELDS, DemonstrationMix, demonstrate, with_demonstrations
 from ember_ray.data.example import Example
 from ember_ray.data.extraction import DIFFICULTIES, generate_examples
 from ember_ray.data.values import DATE_FORMS, write_date
@@ -97,3 +98,23 @@ def test_a_fault_without_room_leaves_the_answer():
 def test_shares_out_of_range_are_refused():
     with pytest.raises(ValueError, match="wrong_key must be between 0 and 1, not 1.5"):
         DemonstrationMix(wrong_key=1.5)
+
+
+def test_each_row_gets_its_own_demonstration_wherever_it_stands():
+    mix = DemonstrationMix(wrong_key=0.5, chatter=0.5)
+    examples = generate_examples("train", "hard", 60, 0)
+    filled = with_demonstrations(examples, mix, 3)
+    assert [replace(row, completion=None) for row in filled] == examples
+    assert with_demonstrations(examples[::-1], mix, 3) == filled[::-1]
+    answers = [row.completion for row in filled]
+    assert answers != [row.completion for row in with_demonstrations(examples, mix, 4)]
+    clean = [row.completion for row in with_demonstrations(examples)]
+    assert clean == [json.dumps(row.gold) for row in examples]
+    assert 5 < sum(one == other for one, other in zip(answers, clean, strict=True)) < 30
+
+
+def test_a_rows_own_demonstration_stays_and_one_without_gold_needs_one():
+    own = replace(ROW, gold=None, completion="mine")
+    assert with_demonstrations([own], DemonstrationMix(chatter=1.0), 0) == [own]
+    with pytest.raises(ValueError, match="row '1' has neither 'completion' nor 'gold'"):
+        with_demonstrations([replace(ROW, gold=None)])
