@@ -86,6 +86,10 @@ class RolloutGRPOTrainer(watched(GRPOTrainer)):  # type: ignore[misc]
         passes = self.args.steps_per_generation * self.num_iterations
         return DataLoader([inputs] * passes, batch_size=None, collate_fn=_as_they_are)  # type: ignore[arg-type]
 
+    def is_learnt(self, row: RoundRow) -> bool:
+        """Whether the row's tokens are in the loss."""
+        return row.answer is not None and not (self.mask_truncated and row.answer.is_truncated)
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         with self._without_old_policy():
             output = super()._generate_and_score_completions(inputs)
@@ -95,7 +99,7 @@ class RolloutGRPOTrainer(watched(GRPOTrainer)):  # type: ignore[misc]
         num_empty = self.dealt.size * self.args.steps_per_generation - len(real)
         chosen = torch.tensor(real + real[:1] * num_empty, device=output["advantages"].device)
         output = {name: value[chosen] if value.ndim else value for name, value in output.items()}
-        mask = output.setdefault("tool_mask", torch.ones_like(output["completion_mask"]))
+        mask = output["tool_mask"]
         mask[len(real) :] = 0  # masked, not without attention: their log-probabilities stay those of a real row
         output["num_items_in_batch"] = (mask * output["completion_mask"]).sum()
         self.row_scale = len(chosen) / len(real)
@@ -140,19 +144,20 @@ class RolloutGRPOTrainer(watched(GRPOTrainer)):  # type: ignore[misc]
 
 def recorded_rollouts(prompts: list[str], trainer: RolloutGRPOTrainer) -> dict[str, Any]:
     """TRL's rollout hook: the engine's tokens and log-probabilities, and the rewards for `recorded_rewards`."""
-    end = trainer.processing_class.eos_token_id
-    filler = Answer((end,), (0.0,), 0.0, is_truncated=False)
+    filler = Answer((trainer.processing_class.eos_token_id,), (0.0,), 0.0, is_truncated=False)
     answers = [row.answer or filler for row in trainer.rows]
     assert len(prompts) == len(answers)
-    rollouts = {
+    return {
         "prompt_ids": [list(row.prompt_token_ids) for row in trainer.rows],
         "completion_ids": [list(answer.token_ids) for answer in answers],
         "logprobs": [list(answer.logprobs) for answer in answers],
         "recorded_reward": [None if row.answer is None else row.answer.reward for row in trainer.rows],
+        # TRL's name for a mask of tokens that are in the loss
+        "env_mask": [
+            [int(trainer.is_learnt(row))] * len(answer.token_ids)
+            for row, answer in zip(trainer.rows, answers, strict=True)
+        ],
     }
-    if trainer.mask_truncated:
-        rollouts["env_mask"] = [[int(not answer.is_truncated)] * len(answer.token_ids) for answer in answers]
-    return rollouts
 
 
 def recorded_rewards(recorded_reward: list[float | None], **columns: Any) -> list[float | None]:
