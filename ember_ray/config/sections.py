@@ -25,7 +25,7 @@ class ModelSection(Section):
     path: str | None = Field(None, description="Hugging Face folder of a dense Qwen3; null = the shipped tiny model.")
     adapter: str | None = Field(
         None,
-        description="PEFT adapter folder to start from, e.g. RUN/adapter of an SFT run; its shape must be that of lora.*.",
+        description="PEFT adapter folder to start from, e.g. RUN/adapter; its shape must be that of lora.*.",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="Number format of the engine's weights and KV cache."
@@ -108,11 +108,9 @@ class EngineSection(Section):
         return self
 
 
-class RolloutSection(Section):
-    """``rollout.*``"""
+class SamplingSection(Section):
+    """``rollout.*``, whatever candidates are drawn for."""
 
-    prompts_per_round: PositiveInt = Field(64, description="Training prompts of one round.")
-    num_candidates: PositiveInt = Field(8, description="Candidates of each prompt.")
     temperature: float = Field(1.0, gt=0, description="Sampling temperature of rollouts and of sampled evaluation.")
     top_k: int = Field(0, ge=0, description="Draw from the k most likely tokens only; 0 = off.")
     top_p: float = Field(1.0, gt=0, le=1, description="Draw from the smallest set of tokens with this mass; 1 = off.")
@@ -120,11 +118,18 @@ class RolloutSection(Section):
         0.0, ge=0, le=1, description="Leave out tokens less than min_p times as likely as the likeliest; 0 = off."
     )
     max_tokens: PositiveInt = Field(96, description="Most tokens of one candidate.")
+    verifier_workers: PositiveInt = Field(1, description="Verifier actors that judge while others still generate.")
+
+
+class RolloutSection(SamplingSection):
+    """``rollout.*``"""
+
+    prompts_per_round: PositiveInt = Field(64, description="Training prompts of one round.")
+    num_candidates: PositiveInt = Field(8, description="Candidates of each prompt.")
     token_budget: PositiveInt | None = Field(
         None,
         description="Generated tokens after which no further round begins; the last one is cut to fit. null = none.",
     )
-    verifier_workers: PositiveInt = Field(1, description="Verifier actors that judge while others still generate.")
     publish: bool = Field(
         True, description="Publish each new adapter to the engine; false is the control experiment (no policy update)."
     )
