@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from actors.adapter_wire import PackedAdapter
     from ember_ray.engine.sampling_params import SamplingParams
     from ember_ray.model.lora import AdapterUpdate
+    from ember_ray.train.batch import Answer
 
 
 class CoordinatorMetrics:
@@ -108,6 +109,28 @@ class Coordinator:
             self._rest()
         self._metrics.ended(result)
         return result
+
+    def score(self, answers: Sequence[Answer], policy_version: int | None = None) -> list[list[float]]:
+        """Log-probabilities of given answers under a version that is kept, whichever serves.
+
+        Args:
+            answers: (prompt, answer) token ids. Equal prompts are computed once, and found in the cache where that
+                version's rollout has been there.
+            policy_version: None takes the official one; 0 is the base model.
+
+        Returns:
+            For each answer one natural logarithm a token, at temperature 1.
+
+        Raises:
+            AdapterError: that version is not kept.
+            RequestError: an answer is empty, too long, or has tokens that the model does not know.
+            StageLost: the stages were lost too often in a row.
+        """
+        self._progress = Progress(phase="scoring", policy_version=self._server.official)
+        try:
+            return self._server.score(answers, policy_version)
+        finally:
+            self._rest()
 
     def publish(self, update: AdapterUpdate | PackedAdapter) -> int:
         """Makes an update the official version on all stages or on none; gives its version.

@@ -124,7 +124,7 @@ class RolloutResult:
 class Progress:
     """A look at the coordinator while it works.
 
-    ``phase`` is ``idle``, ``starting``, ``generating``, ``verifying``, ``recovering`` or ``publishing``;
+    ``phase`` is ``idle``, ``starting``, ``generating``, ``verifying``, ``recovering``, ``scoring`` or ``publishing``;
     ``reward_mean`` is over the candidates scored so far in this rollout, None before the first.
     """
 

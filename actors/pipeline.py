@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ from actors.messages import CoordinatorSettings
 
 if TYPE_CHECKING:
     from ember_ray.engine.request import Candidate, GenerationRequest
+
+TOKENS_BEFORE_STALL = 16384
+"""As many tokens may be scored in ``limits.stall``; scoring has no steps that could be watched."""
 
 GRACE_S = 3.0
 """How long the other stages may take to say what they saw, once one of them failed."""
@@ -124,6 +128,20 @@ class Pipeline:
             late = ", ".join(str(stage) for stage in sorted(waiting.values()))
             raise StageLost(f"stage {late} did not answer '{method}' within {limit_s:g} s")
         return [answers[stage] for stage in range(len(refs))]
+
+    def score(self, answers: Any, version: int, tokens: int) -> list[list[float]]:
+        """Log-probabilities of answers, see `StageActor.score`.
+
+        Args:
+            answers: a list of them, or the ref of one.
+            tokens: of all answers and their prompts; the time limit grows with them.
+
+        Raises:
+            StageLost: a stage died, or the time limit is over.
+            RequestError: an answer can never be scored.
+        """
+        limit_s = self._limits.stall * max(1, math.ceil(tokens / TOKENS_BEFORE_STALL))
+        return self.call_all("score", answers, version, limit_s=limit_s)[-1]
 
     def counters(self) -> list[dict[str, float]]:
         """Each stage's counters; answered while a rollout runs."""

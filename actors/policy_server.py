@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from actors.adapter_wire import PackedAdapter, pack_adapter
@@ -11,6 +12,7 @@ from actors.pipeline import Pipeline
 
 if TYPE_CHECKING:
     from ember_ray.model.lora import AdapterUpdate
+    from ember_ray.train.batch import Answer
 
 BASE_VERSION = 0
 logger = logging.getLogger(__name__)
@@ -122,18 +124,51 @@ class PolicyServer:
         Raises:
             AdapterError: the version is unknown or no longer kept.
         """
+        self._check_kept(version)
+        self.ensure()
+        self._switch(version)
+        return version
+
+    def score(self, answers: Sequence[Answer], version: int | None = None) -> list[list[float]]:
+        """Log-probabilities of given answers under a version that is kept; the official one serves on after it.
+
+        Args:
+            answers: (prompt, answer) token ids; both have at least one token.
+            version: None takes the official one.
+
+        Returns:
+            For each answer one natural logarithm a token, at temperature 1.
+
+        Raises:
+            AdapterError: the version is unknown or no longer kept.
+            RequestError: an answer can never be scored.
+            StageLost: the stages are lost for good.
+        """
+        import ray
+
+        version = self.official if version is None else version
+        self._check_kept(version)
+        shared = ray.put(list(answers))
+        tokens = sum(len(prompt) + len(answer) for prompt, answer in answers)
+        while True:
+            try:
+                self.ensure()
+                scores = self.pipeline.score(shared, version, tokens)
+                self.succeeded()
+                return scores
+            except StageLost as lost:
+                self.recover(lost)
+
+    def close(self) -> None:
+        """Ends the stages."""
+        self.pipeline.stop()
+
+    def _check_kept(self, version: int) -> None:
         from ember_ray.model.lora import AdapterError
 
         if version not in self.versions:
             kept = ", ".join(str(number) for number in self.versions)
             raise AdapterError(f"policy version {version} cannot be served, it is not kept (kept: {kept})")
-        self.ensure()
-        self._switch(version)
-        return version
-
-    def close(self) -> None:
-        """Ends the stages."""
-        self.pipeline.stop()
 
     def _switch(self, version: int) -> None:
         """The decision, and then its execution: whoever dies from here on comes back at the new version."""

@@ -11,6 +11,7 @@ from actors.messages import CoordinatorSettings, Progress, PromptRow, RolloutRes
 
 if TYPE_CHECKING:
     from ember_ray.engine.sampling_params import SamplingParams
+    from ember_ray.train.batch import Answer
 
 OnProgress = Callable[[Progress], None]
 DAY_S = 86400.0
@@ -75,6 +76,13 @@ class Rollouts:
     ) -> RolloutResult:
         """`begin` and `finish` in one call."""
         return self.finish(self.begin(rows, num_candidates, sampling_params, round_number), on_progress)
+
+    def score(
+        self, answers: Sequence[Answer], policy_version: int | None = None, on_progress: OnProgress | None = None
+    ) -> list[list[float]]:
+        """Log-probabilities of (prompt, answer) token ids under a version that is kept; see `Coordinator.score`."""
+        ref = self.handle.score.remote(list(answers), policy_version)
+        return self._wait(ref, "the scoring", DAY_S, on_progress)
 
     def publish(self, update: Any) -> int:
         """Makes an adapter the official policy on all stages or on none.

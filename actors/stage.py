@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ember_ray.engine.options import EngineOptions
     from ember_ray.engine.request import Candidate, GenerationRequest
     from ember_ray.engine.stage_engine import StageEngine
+    from ember_ray.train.batch import Answer
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,27 @@ class StageActor:
     def rollout(self, requests: list[GenerationRequest]) -> Iterator[list[Candidate]]:
         """Runs one batch together with the other stages; the last stage yields candidates as they finish."""
         yield from self._engine.rollout(requests)
+
+    def score(self, answers: Sequence[Answer], version: int) -> list[list[float]]:
+        """Log-probabilities of answers under a resident version; the one that serves is back in its place after it.
+
+        Called on all stages at once; the last one gives, for each answer, one natural logarithm a token.
+
+        Raises:
+            RequestError: an answer can never be scored.
+        """
+        from ember_ray.engine.scorer import ScoreRequest
+
+        engine = self._engine
+        serving = engine.policy_version
+        rows = [ScoreRequest((*prompt, *answer), len(prompt)) for prompt, answer in answers]
+        if version != serving:
+            engine.commit_adapter(version)
+        try:
+            return engine.score(rows)
+        finally:
+            if version != serving:
+                engine.commit_adapter(serving)
 
     def stage_adapter(self, packed: PackedAdapter) -> str | None:
         """Checks an update and holds it; None, or why it is refused."""

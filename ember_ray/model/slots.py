@@ -99,7 +99,8 @@ class AdapterSlots:
 
     Args:
         layers: the stage's own layers; of an update only these are kept, but all of it is checked.
-        keep: how many adapters stay resident; the oldest leave, never the active one.
+        keep: how many adapters stay resident; those leave that were in use the longest ago, never the active one. A
+            reference that is scored with now and then stays.
         merged: where given, the active version is merged into these weights instead of computed beside them.
 
     Attributes:
@@ -175,8 +176,9 @@ class AdapterSlots:
         if version in self._staged:
             self._resident[version] = self._staged.pop(version)
             self._highest = version
+        self._resident[version] = self._resident.pop(version)  # behind the others: it is in use now
         self.version = version
-        others = [number for number in self.resident_versions if number not in (BASE_VERSION, version)]
+        others = [number for number in self._resident if number not in (BASE_VERSION, version)]
         kept = self._keep - (version != BASE_VERSION)
         for number in others[: max(0, len(others) - kept)]:
             del self._resident[number]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+Answer = tuple[tuple[int, ...], tuple[int, ...]]
+"""Token ids of a prompt and of an answer to it."""
+
 
 @dataclass(frozen=True)
 class Demonstration:

@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from ember_ray.train.adapter_learner import STATE_FILE, AdapterLearner, RoundRows, Row, TrainerParts
-from ember_ray.train.batch import ReferenceScore
+from ember_ray.train.batch import Answer, ReferenceScore
 from ember_ray.train.errors import LearnerError
 from ember_ray.train.options import DpoOptions, LoraOptions
 from ember_ray.train.pairs import PreferencePair
-from ember_ray.train.preferences import Answer, PreferenceEntry, batch_pairs
+from ember_ray.train.preferences import PreferenceEntry, batch_pairs
 
 __all__ = ["STATE_FILE", "DpoLearner", "DpoOptions", "LearnerError", "LoraOptions"]
 

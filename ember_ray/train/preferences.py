@@ -9,16 +9,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
 from ember_ray.data.scored_group import ScoredGroup
-from ember_ray.train.batch import Demonstration, ReferenceScore
+from ember_ray.train.batch import Answer, Demonstration, ReferenceScore
 from ember_ray.train.errors import LearnerError
 from ember_ray.train.options import DpoOptions
 from ember_ray.train.pairs import PreferencePair, make_pairs
 
 PreferenceEntry = ScoredGroup | PreferencePair | Demonstration | ReferenceScore
 """Groups to make pairs of, pairs as they are, gold answers for ``pair_choice`` ``oracle``, reference scores."""
-
-Answer = tuple[tuple[int, ...], tuple[int, ...]]
-"""Token ids of a prompt and of an answer to it."""
 
 
 def batch_pairs(batch: Sequence[PreferenceEntry], options: DpoOptions) -> tuple[list[PreferencePair], dict[str, float]]:

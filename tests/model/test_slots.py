@@ -120,3 +120,15 @@ def test_going_back_to_the_base_pushes_no_adapter_out(folder: Path) -> None:
     assert adapters.resident_versions == [0, 2, 3]
     adapters.commit(0)
     assert adapters.resident_versions == [0, 2, 3]
+
+
+def test_what_is_used_now_and_then_stays(folder: Path) -> None:
+    """A reference is scored with between publications; those go that were in use the longest ago."""
+    adapters = slots.AdapterSlots(read_model_config(folder), range(3), torch.float32, "cpu", keep=3)
+    for version in range(1, 7):
+        adapters.stage(random_adapter(folder, version))
+        adapters.commit(version)
+        if version > 1:
+            adapters.commit(1)
+            adapters.commit(version)
+    assert adapters.resident_versions == [0, 1, 5, 6]
