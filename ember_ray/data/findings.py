@@ -48,7 +48,7 @@ class Survey:
         rows, usable: how many there are, and how many have no fault of their own.
         rows_of_file: rows by the file that they are in.
         forms: usable rows by TRL's name of their format.
-        columns: by name, how often each type of value was found.
+        columns: of usable rows by name, how often each type of value was found.
         databases: the SQLite files that rows name.
         prompts: by digest, where a prompt was seen first.
     """
@@ -77,12 +77,6 @@ class Survey:
         """Takes the next row, read without a task."""
         self.rows += 1
         self.rows_of_file[row.file] += 1
-        for name, value in (row.raw or {}).items():
-            kind = kind_name(value)
-            self.columns[name][kind] += 1
-            places = self._first_places[name, kind]
-            if len(places) < MAX_SHOWN:
-                places.append(str(row.number) if len(self.rows_of_file) == 1 else row.place)
         for fault in row.faults:
             self._faulty.add(f"{row.place}: {fault}")
         if row.example is not None:
@@ -93,6 +87,12 @@ class Survey:
             self.task = guess_task(example)
         self.usable += 1
         self.forms[row.form] += 1
+        for name, value in (row.raw or {}).items():
+            kind = kind_name(value)
+            self.columns[name][kind] += 1
+            places = self._first_places[name, kind]
+            if len(places) < MAX_SHOWN:
+                places.append(str(row.number) if len(self.rows_of_file) == 1 else row.place)
         if self.task is not None:
             example, missing = fit_task(example, self.task)
             for what in missing:
@@ -138,8 +138,8 @@ class Survey:
         finding = Finding("columns that some rows lack", is_fault=False)
         for name, kinds in self.columns.items():
             there = kinds.total() - kinds["null"]
-            if name not in KEYS and 0 < there < self.rows:
-                finding.add(f"column '{name}' is there in {there} of {self.rows} rows")
+            if name not in KEYS and 0 < there < self.usable:
+                finding.add(f"column '{name}' is there in {there} of {self.usable} rows")
         return finding
 
     def _mixed(self) -> Finding:
@@ -163,7 +163,7 @@ def kind_name(value: object) -> str:
 def report(survey: Survey, path: str) -> Iterable[str]:
     """Lines for people."""
     task = survey.task or "none, prompts only"
-    yield f"{survey.name}: {path}, {survey.rows} rows, {survey.usable} usable"
+    yield f"{survey.name}: {path}, {survey.rows} row{'' if survey.rows == 1 else 's'}, {survey.usable} usable"
     yield f"  task: {task}" + (", guessed from the first row; --task names another" if survey.is_guessed else "")
     yield f"  formats: {_counts(survey.forms) or 'none'}"
     columns = (f"{name} ({', '.join(kinds)})" for name, kinds in survey.columns.items())

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO, get_args
+from typing import get_args
 
 from ember_ray.config.errors import UserError
 from ember_ray.data.faults import DataError
@@ -18,20 +19,21 @@ from ember_ray.data.manifest import dataset_entry, write_manifest
 DEFAULT_MANIFEST = "data_manifest.json"
 
 
-def validate(paths: Sequence[str], task: Task | None, manifest: Path, out: TextIO) -> int:
-    """Surveys the training and the evaluation data, reports to ``out`` and writes the manifest.
+def validate(paths: Sequence[str], task: Task | None, manifest: Path) -> tuple[int, list[str]]:
+    """Surveys the training and the evaluation data and writes the manifest.
 
     Args:
         paths: the training data, and the evaluation data if there are any.
         task: what rows must have the fields for; None guesses it from the first row of each.
 
     Returns:
-        How many faults there are.
+        How many faults there are, and the report, line by line.
 
     Raises:
         UserError: a dataset cannot be read at all, or the manifest cannot be written.
     """
     entries: dict[str, object] = {}
+    lines: list[str] = []
     faults = 0
     train: Survey | None = None
     for name, path in zip(("train", "eval"), paths, strict=False):
@@ -44,14 +46,10 @@ def validate(paths: Sequence[str], task: Task | None, manifest: Path, out: TextI
         train = train or survey
         faults += sum(finding.count for finding in survey.findings() if finding.is_fault)
         entries[name] = dataset_entry(source, survey)
-        out.writelines(f"{line}\n" for line in report(survey, path))
+        lines += report(survey, path)
     write_manifest(manifest, entries, faults)
-    out.write(f"{_plural(faults, 'fault')}; manifest in {manifest}\n")
-    return faults
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count or 'no'} {noun}{'' if count == 1 else 's'}"
+    lines.append(f"{faults or 'no'} fault{'' if faults == 1 else 's'}; manifest in {manifest}")
+    return faults, lines
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,10 +77,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # names in a dataset may be no text for this terminal
     paths = [options.train] if options.eval is None else [options.train, options.eval]
     try:
-        return 2 if validate(paths, options.task, options.manifest, sys.stdout) else 0
+        faults, lines = validate(paths, options.task, options.manifest)
     except UserError as fault:
         print(f"error: {fault}", file=sys.stderr)
         return 2
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:  # the reader has seen enough, e.g. `| head`; the flush at exit must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 2 if faults else 0
 
 
 if __name__ == "__main__":

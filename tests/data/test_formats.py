@@ -1,4 +1,5 @@
 import json
+import re
 import sqlite3
 from dataclasses import replace
 from functools import partial
@@ -174,6 +175,10 @@ FORMS = {
         {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."},
         Example("", [{"role": "user", "content": "The sky is"}], chosen=" blue.", rejected=" green.", is_text=True),
     ),
+    "preference, text prompt and chat answers": (
+        {"prompt": ASK["content"], "chosen": [BLUE], "rejected": [GREEN]},
+        replace(ASKED, chosen="It is blue.", rejected="It is green."),
+    ),
     "preference, conversational": (
         {"prompt": [ASK], "chosen": [BLUE], "rejected": [GREEN]},
         replace(ASKED, chosen="It is blue.", rejected="It is green."),
@@ -185,6 +190,10 @@ FORMS = {
     "implicit prompt, conversational": (
         {"chosen": [BRIEF, ASK, BLUE], "rejected": [BRIEF, ASK, GREEN]},
         replace(ASKED, messages=[BRIEF, ASK], chosen="It is blue.", rejected="It is green."),
+    ),
+    "implicit prompt, the same answer twice": (
+        {"chosen": [ASK, BLUE], "rejected": [ASK, BLUE]},
+        replace(ASKED, chosen="It is blue.", rejected="It is blue."),
     ),
     "implicit prompt, told once more as a text": (
         {"prompt": ASK["content"], "chosen": [ASK, BLUE], "rejected": [ASK, GREEN]},
@@ -399,3 +408,14 @@ def test_what_cannot_be_read_is_told(tmp_path):
         load_dataset_rows(tmp_path / "saved")
     with pytest.raises(DataError, match="no data file '.*none'"):
         load_dataset_rows(tmp_path / "none")
+
+
+def test_the_rows_of_the_documentation(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    blocks = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "databases").mkdir()
+    for number in (1, 2):
+        (tmp_path / "databases" / f"staff_{number}.sqlite").touch()
+    for block, task in zip(blocks, (None, "sft", "preference", "extract"), strict=True):
+        (tmp_path / "rows").write_text(block)
+        assert len(load_dataset_rows(tmp_path / "rows", task)) == block.count("\n")
