@@ -3,13 +3,14 @@
 A query is one statement that begins with SELECT or WITH. What counts as found, in this order:
 
 1. The whole output, white space, comments and a closing semicolon aside, is one statement, and it begins with SELECT
-   or WITH: that statement.
+   or WITH: that statement. No statement goes on behind an empty line, unless with a word such as FROM or WHERE, in
+   capitals or small letters, a bracket, a comma or a comment.
 2. Otherwise the **last code fence** (three backticks, with ``sql``, ``sqlite`` or no language behind them, up to the
    next line of three backticks or the end of the output) whose whole content is one such statement.
 3. Otherwise the **last** such statement in the text. It begins at the start of a line, or on a line behind a colon or
    a backtick, in capitals or small letters ("Select the rows" is prose; so is "with" without a name and AS behind
-   it), and it ends at a semicolon or backtick outside quotes, at an empty line, at a line of three backticks or at
-   the end of the output.
+   it), and it ends at a semicolon or backtick outside quotes, at an empty line (see 1), at a line of three
+   backticks or at the end of the output.
 4. Otherwise nothing.
 
 The last one, because drafts come before the answer; never the best of several, because then spraying guesses would
@@ -33,10 +34,14 @@ _BEGIN_IN_TEXT = re.compile(
     rf"(?:^[ \t]*|(?<=:)[ \t]*|(?<=`)[ \t]*)(?=(?P<word>SELECT|select|WITH|with)\b)(?P<query>(?i:SELECT\b|{_WITH}))",
     re.MULTILINE,
 )
+# What may stand behind an empty line inside a statement.
+_CLAUSES = "FROM WHERE GROUP HAVING ORDER LIMIT UNION INTERSECT EXCEPT JOIN INNER LEFT CROSS NATURAL ON AND OR WINDOW"
+_GOES_ON = rf"(?:{'|'.join(f'{word}|{word.lower()}' for word in _CLAUSES.split())})\b|[(),]|--|/\*"
 # What a statement consists of. An unfinished quote or comment reaches to the end of the text.
 _PART = re.compile(
-    rf"""(?P<quoted>'[^']*+(?:''[^']*+)*(?:'|\Z)|"[^"]*+(?:""[^"]*+)*(?:"|\Z)|\[[^\]\n]*+\]|{_COMMENT})"""
-    r"|(?P<semicolon>;)|(?P<fence>\n[ \t]*+```)|(?P<blank>\n[ \t\r]*+\n)|(?P<backtick>`)"
+    rf"""(?P<quoted>'[^']*+(?:''[^']*+)*(?:'|\Z)|"[^"]*+(?:""[^"]*+)*(?:"|\Z)|\[[^\]\n]{{0,128}}+\]|{_COMMENT})"""
+    r"|(?P<semicolon>;)|(?P<fence>\n[ \t]*+```)|(?P<backtick>`)"
+    rf"|(?P<blank>\n[ \t\r]*+\n[ \t\r\n]{{0,200}}+(?!{_GOES_ON}))"
 )
 _FENCE_LINE = re.compile(r"^[ \t]*+```[^\n`]*+$", re.MULTILINE)
 _FENCE_LANGUAGES = ("", "sql", "sqlite")
@@ -97,6 +102,8 @@ def _statement(text: str) -> str | None:
         if part["semicolon"]:
             rest = text[part.end() :]
             return text[begin : part.start()].strip() if _leading(rest.replace(";", " ")) == len(rest) else None
+        if part["blank"] and part.end() < len(text):
+            return None
     return text[begin:].strip()
 
 

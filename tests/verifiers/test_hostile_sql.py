@@ -1,4 +1,4 @@
-"""Whatever query a model writes: its own score, at most 1.5 times the time limit, and nothing changed or left behind."""
+"""Whatever query a model writes: its own score, 1.5 times the time limit at most, nothing changed or left behind."""
 
 import hashlib
 import os
@@ -48,7 +48,7 @@ QUERIES = {
     "doubling by replace": DOUBLING.format("replace(s, 'b', 'bb')") + " SELECT s FROM r",
     "doubling by hex": DOUBLING.format("hex(s)") + " SELECT s FROM r",
     "doubling by quote": DOUBLING.format("quote(s || s)") + " SELECT s FROM r",
-    "doubling by group_concat": "SELECT group_concat(a.name || b.name || c.name) FROM staff a, staff b, staff c, staff d",
+    "doubling by group_concat": "SELECT group_concat(a.name || b.name || c.name) FROM staff a, staff b, staff c",
     "replace of much by much": f"SELECT replace({BIG}, 'a', {BIG})",
     "replace, quadratic": f"SELECT replace({BIG}, substr({BIG}, 1, 400000) || 'b', 'c')",
     "instr, quadratic": f"SELECT instr({BIG}, substr({BIG}, 1, 400000) || 'b')",
@@ -56,7 +56,7 @@ QUERIES = {
     "like bomb": f"SELECT {BIG} LIKE '{'%a' * 90}b'",
     "glob bomb": f"SELECT {BIG} GLOB '{'*a' * 90}b'",
     "a like pattern of 5000": f"SELECT name LIKE '{'%a' * 2500}' FROM staff",
-    "json bomb": f"SELECT json(printf('%.*c', 900000, '[') || printf('%.*c', 900000, ']'))",
+    "json bomb": "SELECT json(printf('%.*c', 900000, '[') || printf('%.*c', 900000, ']'))",
     "a deep json": "SELECT * FROM json_tree(printf('%.*c', 1000, '[') || printf('%.*c', 1000, ']'))",
     "regexp": "SELECT name FROM staff WHERE name REGEXP '(a+)+$'",
     "attach": "ATTACH DATABASE 'made.db' AS made",
