@@ -6,8 +6,7 @@ import dataclasses
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from actors import cluster
@@ -19,15 +18,15 @@ from actors.messages import (
     PromptRow,
     RolloutResult,
     RolloutStats,
-    VerifierSettings,
 )
 from actors.rollouts import DAY_S, Rollouts
 from ember_ray.config import signals
 from ember_ray.config.errors import UserError
-from ember_ray.config.schema import DpoExtractConfig
+from ember_ray.config.schema import LearnConfig
 from ember_ray.engine.sampling_params import SamplingParams
 from ember_ray.tracking.console import Console
-from recipes.extract_task import engine_options, model_path, reward_design
+from ember_ray.train.batch import Answer
+from recipes.setup import engine_options, verifier_settings
 
 STAGE_GPU, LEARNER_GPU = 0.75, 0.25
 """Shares of a GPU, if the model is to be on one. No two stages get the same GPU, and the learner fits beside a stage,
@@ -56,12 +55,14 @@ class Session:
 
     Attributes:
         totals: counts over all rollouts of the run.
+        trained_prompts, trained_tokens: prompts and generated tokens of the rollouts that were learnt from.
         policy_version: what the engine serves.
     """
 
-    def __init__(self, config: DpoExtractConfig, console: Console) -> None:
+    def __init__(self, config: LearnConfig, console: Console) -> None:
         self.config, self.console = config, console
         self.totals = RolloutStats()
+        self.trained_prompts, self.trained_tokens = 0, 0
         self.policy_version = 0
 
     def __enter__(self) -> Session:
@@ -89,7 +90,7 @@ class Session:
             limit = config.ray.stage_timeout_s
             settings = CoordinatorSettings(
                 options,
-                VerifierSettings(settings={"design": reward_design(config)}, actors=config.rollout.verifier_workers),
+                verifier_settings(config),
                 seed=config.seed,
                 limits=Limits(call=limit, transport=limit, stall=1.5 * limit),
             )
@@ -113,33 +114,34 @@ class Session:
             self._rollouts.ready()
             stage.note(f"{len(split)} stage{'s'[: len(split) > 1]} of {', '.join(map(str, split))} layers")
 
-    def rollout(
+    def start_rollout(
         self, rows: Sequence[PromptRow], num_candidates: int, params: SamplingParams, round_number: int, name: str
-    ) -> RolloutResult:
-        """Candidates of all rows, scored, with progress on the console under the given name."""
-        with self.console.phase(name, total=len(rows) * num_candidates) as phase:
+    ) -> PendingRollout:
+        """Begins to make candidates of all rows; other actors may work meanwhile.
 
-            def show(progress: Progress) -> None:
-                signals.check()
-                if progress.candidates_total == phase.total:
-                    self.console.advance(progress.candidates_scored - phase.done)
-                    seconds = time.monotonic() - phase.started
-                    numbers = {
-                        "policy_version": progress.policy_version,
-                        "tokens_per_second": progress.generated_tokens / seconds,
-                    }
-                    if progress.reward_mean is not None:
-                        numbers["reward"] = progress.reward_mean
-                    self.console.update(numbers)
+        Args:
+            round_number: another number gives other random numbers; 0 is not counted as training.
+            name: of the phase on the console that waits for it.
+        """
+        ref = self._rollouts.begin(rows, num_candidates, params, round_number)
+        return PendingRollout(self, ref, len(rows), num_candidates, round_number, name)
 
-            result = self._rollouts.rollout(rows, num_candidates, params, round_number, show)
-        self.totals = _added(self.totals, result.stats)
-        return result
+    def finish_rollout(self, ref: Any, on_progress: Callable[[Progress], None]) -> RolloutResult:
+        """Waits for a rollout that `start_rollout` began."""
+        return self._rollouts.finish(ref, on_progress)
+
+    def score(self, answers: Sequence[Answer], policy_version: int) -> list[list[float]]:
+        """Log-probabilities of given answers under a policy version that is kept."""
+        with self.console.phase("scoring"):
+            return self._rollouts.score(answers, policy_version, lambda progress: signals.check())
 
     def count(self, row: Mapping[str, float]) -> None:
         """Adds a round that an earlier session made, as its line of metrics tells it."""
         names = ("generated_tokens", "prefill_tokens", "prefix_hit_tokens", "preemptions", "recoveries")
-        self.totals = _added(self.totals, RolloutStats(**{name: int(row[name]) for name in names}))
+        if "generated_tokens" in row:
+            self.totals = added(self.totals, RolloutStats(**{name: int(row[name]) for name in names}))
+            self.trained_prompts += int(row["prompts"])
+            self.trained_tokens += int(row["generated_tokens"])
 
     def publish(self, update: Any) -> int:
         """Makes an adapter (or the ref of one) the policy of all stages; returns its version."""
@@ -155,37 +157,44 @@ class Session:
         return found
 
 
-def start_learner(config: DpoExtractConfig, planned_steps: int, folder: Path) -> Any:
-    """A learner actor; its ``start`` must be waited for. It shares the cores with the stages, which rest meanwhile.
+class PendingRollout:
+    """A rollout that has begun."""
 
-    It is on the driver's node, where the run folder is, unless only another node has a GPU left for it; then the two
-    nodes have to share the folder. A float16 model learns in float32, since gradients leave float16's range.
-    """
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+    def __init__(
+        self, session: Session, ref: Any, prompts: int, num_candidates: int, round_number: int, name: str
+    ) -> None:
+        self._session, self._ref, self._name = session, ref, name
+        self._prompts, self._total, self._round_number = prompts, prompts * num_candidates, round_number
 
-    from actors.learner import LEARNER_NAME, LearnerActor
-    from ember_ray.train.options import DpoOptions, LoraOptions
+    def result(self) -> RolloutResult:
+        """The scored candidates of all rows, with progress on the console until they are there."""
+        session = self._session
+        console = session.console
+        with console.phase(self._name, total=self._total) as phase:
 
-    lora = config.lora.model_dump()
-    dpo = config.dpo.model_dump()
-    margin, per_prompt = dpo.pop("min_margin"), dpo.pop("pairs_per_prompt")
-    for name in ("target_modules", "layers_to_transform"):
-        lora[name] = lora[name] and tuple(lora[name])
-    for name in ("loss_type", "loss_weights"):
-        dpo[name] = dpo[name] and tuple(dpo[name])
-    options = DpoOptions(**dpo, planned_steps=planned_steps, seed=config.seed)
-    actor: Any = LearnerActor
-    resources = {"num_cpus": 0, "num_gpus": LEARNER_GPU if config.model.device == "cuda" else 0}
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    dtype = "float32" if config.model.dtype == "float16" else config.model.dtype
-    return actor.options(name=LEARNER_NAME, scheduling_strategy=here, **resources).remote(
-        model_path(config), LoraOptions(**lora), options, dtype, config.model.device, folder,
-        min_margin=margin, pairs_per_prompt=per_prompt,
-    )  # fmt: skip
+            def show(progress: Progress) -> None:
+                signals.check()
+                if progress.candidates_total == phase.total:
+                    console.advance(progress.candidates_scored - phase.done)
+                    seconds = time.monotonic() - phase.started
+                    numbers = {
+                        "policy_version": progress.policy_version,
+                        "tokens_per_second": progress.generated_tokens / seconds,
+                    }
+                    if progress.reward_mean is not None:
+                        numbers["reward"] = progress.reward_mean
+                    console.update(numbers)
+
+            result = session.finish_rollout(self._ref, show)
+        session.totals = added(session.totals, result.stats)
+        if self._round_number:
+            session.trained_prompts += self._prompts
+            session.trained_tokens += result.stats.generated_tokens
+        return result
 
 
-def _added(total: RolloutStats, more: RolloutStats) -> RolloutStats:
+def added(total: RolloutStats, more: RolloutStats) -> RolloutStats:
+    """What two rollouts cost together; the policy version is the second one's."""
     summed = {
         field.name: getattr(total, field.name) + getattr(more, field.name)
         for field in dataclasses.fields(RolloutStats)

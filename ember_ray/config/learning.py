@@ -44,6 +44,9 @@ class OptimizerSection(Section):
         None,
         description="Longest prompt plus answer, in tokens; longer rows are left out and counted. null = the context.",
     )
+    mismatch_candidates: Annotated[int, Field(ge=0)] | None = Field(
+        32, description="Candidates of a round on which engine and learner are compared; null = all, 0 = none."
+    )
 
 
 class DpoSection(OptimizerSection):
@@ -58,8 +61,14 @@ class DpoSection(OptimizerSection):
     min_margin: float = Field(
         0.05, ge=0, description="Least difference in reward between the chosen and the rejected candidate of a pair."
     )
-    pairs_per_prompt: PositiveInt = Field(
-        1, description="Most pairs of one prompt: best with worst, and so on inwards."
+    pairs_per_prompt: int = Field(1, ge=0, description="Most pairs of one prompt; 0 = all that the choice allows.")
+    pair_choice: Literal["best_worst", "all_margin", "oracle"] = Field(
+        "best_worst",
+        description="best_worst: best with worst, and so on inwards; all_margin: all that differ enough; "
+        "oracle: the gold answer with the worst.",
+    )
+    reference: Literal["trainer", "engine"] = Field(
+        "engine", description="Who computes the reference's log-probabilities: a pass of the trainer, or the engine."
     )
 
     @model_validator(mode="after")
@@ -72,3 +81,81 @@ class DpoSection(OptimizerSection):
         if self.loss_weights is not None and not any(self.loss_weights):
             raise ValueError("dpo.loss_weights are all 0, so nothing would be learnt; make one positive")
         return self
+
+
+class SftSection(OptimizerSection):
+    """``sft.*``"""
+
+    faults: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Faults of the generated demonstrations: 0 = none, 1 = as many as the shipped model learnt from.",
+    )
+    rows_per_round: PositiveInt = Field(512, description="Demonstrations of one round.")
+    loss_type: Literal["nll", "dft"] = Field("nll", description="nll: likelihood; dft: weighed by the probability.")
+
+
+class BestOfNSection(OptimizerSection):
+    """``best_of_n.*``"""
+
+    min_reward: float = Field(0.999, description="Least reward of a candidate that is learnt from.")
+    per_prompt: int = Field(
+        1, ge=0, description="Most candidates of a prompt that are learnt from, best first; 0 = all."
+    )
+    epochs_per_round: PositiveInt = Field(1, description="Passes over the chosen candidates of a round.")
+
+
+class GrpoSection(OptimizerSection):
+    """``grpo.*``"""
+
+    learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate of AdamW.")
+    per_device_train_batch_size: PositiveInt = Field(64, description="Candidates in one forward and backward.")
+    loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"] = Field(
+        "dapo", description="The loss, by TRL's names."
+    )
+    scale_rewards: Literal["group", "batch", "none"] = Field(
+        "group", description="Advantages are divided by the spread of rewards in the group, in the round, or not."
+    )
+    beta: float = Field(
+        0.0, ge=0, description="Weight of the KL term to the policy that the run starts from; 0 = none."
+    )
+    use_bias_correction_kl: bool = Field(True, description="Multiply the KL term with the ratio.")
+    num_iterations: PositiveInt = Field(1, description="Passes over the candidates of a round.")
+    epsilon: float = Field(0.2, gt=0, lt=1, description="The ratio is clipped to [1 - epsilon, 1 + epsilon_high].")
+    epsilon_high: Annotated[float, Field(gt=0)] | None = Field(None, description="See grpo.epsilon; null = epsilon.")
+    delta: Annotated[float, Field(gt=1)] | None = Field(
+        None, description="Bound of the ratio where the advantage is negative; null = none."
+    )
+    importance_sampling_level: Literal["token", "sequence"] = Field(
+        "token", description="A ratio per token, or one per candidate (GSPO)."
+    )
+    vllm_importance_sampling_correction: bool = Field(
+        True,
+        description="Weigh the loss by trainer over rollout probabilities; false takes the rollout's as the old ones.",
+    )
+    vllm_importance_sampling_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = (
+        Field("token_truncate", description="The weight is per token or candidate; beyond its bounds cut, or masked.")
+    )
+    vllm_importance_sampling_clip_max: Annotated[float, Field(gt=0)] | None = Field(
+        3.0, description="Most that the weight may be; null = no bound."
+    )
+    vllm_importance_sampling_clip_min: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Least that the weight may be; null = no bound."
+    )
+    off_policy_mask_threshold: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Leave out bad candidates that the policy has moved away from further than this; null = none."
+    )
+    mask_truncated_completions: bool = Field(
+        False, description="Leave candidates that ran into rollout.max_tokens out of the loss (over-long filtering)."
+    )
+    top_entropy_quantile: float = Field(
+        1.0, gt=0, le=1, description="Share of tokens, those of highest entropy, whose loss counts; 1 = all."
+    )
+    skip_zero_std_groups: bool = Field(True, description="Leave out groups whose rewards are all equal.")
+    refill: bool = Field(
+        False, description="Roll out other prompts in place of groups whose rewards are all equal, once a round."
+    )
+    async_steps: int = Field(
+        0, ge=0, description="Rounds that the rollout may run ahead of learning; the policy is that much older."
+    )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ember_ray.config.schema import DpoExtractConfig
+from ember_ray.config.schema import LearnConfig
 
 
 @dataclass(frozen=True)
@@ -52,18 +51,17 @@ def stage_plans(
     return plans
 
 
-def render_plan(config: DpoExtractConfig, stages: Sequence[StagePlan]) -> str:
+def render_plan(config: LearnConfig, stages: Sequence[StagePlan], learning: str, rolls_out: bool = True) -> str:
     """The plan in at most 100 columns.
 
     Args:
         config: the resolved configuration.
         stages: what ``stage_plans`` made of the model.
+        learning: the line about the learner.
+        rolls_out: whether candidates are learnt from.
     """
-    rollout, dpo, data = config.rollout, config.dpo, config.data
+    rollout, data = config.rollout, config.data
     per_round = rollout.prompts_per_round * rollout.num_candidates
-    pairs = rollout.prompts_per_round * dpo.pairs_per_prompt
-    per_step = dpo.per_device_train_batch_size * dpo.gradient_accumulation_steps
-    steps = math.ceil(pairs / per_step) * dpo.epochs_per_round
     sampled = data.eval_prompts * data.eval_samples
     memory = sum(stage.weight_bytes + (stage.kv_bytes or 0) for stage in stages)
     share = f"what fits in {config.engine.gpu_memory_utilization:.0%} of the GPU"
@@ -87,18 +85,16 @@ def render_plan(config: DpoExtractConfig, stages: Sequence[StagePlan]) -> str:
         (
             "rollout",
             f"{config.rounds} rounds of {rollout.prompts_per_round} prompts x {rollout.num_candidates} candidates = "
-            f"{per_round:,} a round, each at most {rollout.max_tokens} tokens",
+            f"{per_round:,} a round, each at most {rollout.max_tokens} tokens"
+            if rolls_out
+            else f"for evaluation only, each answer at most {rollout.max_tokens} tokens",
         ),
         (
             "engine",
             f"at most {config.engine.max_num_seqs} candidates and {config.engine.max_num_batched_tokens:,} tokens "
             "at a time",
         ),
-        (
-            "learning",
-            f"at most {pairs:,} pairs a round, {per_step} a step: "
-            f"at most {steps:,} steps a round and {steps * config.rounds:,} in all",
-        ),
+        ("learning", learning),
         (
             "publication",
             "after every round" if rollout.publish else "off (control experiment: the engine keeps the base model)",

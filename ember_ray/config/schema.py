@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from ember_ray.config.learning import DpoSection
+from ember_ray.config.learning import BestOfNSection, DpoSection, GrpoSection, SftSection
 from ember_ray.config.sections import (
     EngineSection,
     LoraSection,
@@ -16,7 +16,14 @@ from ember_ray.config.sections import (
     RolloutSection,
     Section,
 )
-from ember_ray.config.task_sections import DataSection, ExtractDataSection, ExtractRewardSection, RewardSection
+from ember_ray.config.task_sections import (
+    DataSection,
+    ExtractDataSection,
+    ExtractRewardSection,
+    RewardSection,
+    SqlDataSection,
+    SqlRewardSection,
+)
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 NAME_MEANS = "Name of the run; its folder is <output_dir>/<name>_<timestamp>."
@@ -41,6 +48,9 @@ class RunConfig(Section):
 
 class LearnConfig(RunConfig):
     """What every run has that learns: all but the algorithm and the task's own settings."""
+
+    task: ClassVar[str]
+    """Name of the task, see ``recipes/tasks.py``."""
 
     rounds: PositiveInt = Field(6, description="Rounds of rollout, learning and publication.")
     model: ModelSection = Field(default_factory=ModelSection, description="The policy's base model.")
@@ -77,20 +87,109 @@ class LearnConfig(RunConfig):
 class ExtractConfig(LearnConfig):
     """A run on JSON extraction."""
 
+    task: ClassVar[str] = "extract"
+
     data: ExtractDataSection = Field(default_factory=ExtractDataSection, description="Training and held-out prompts.")
     reward: ExtractRewardSection = Field(
         default_factory=ExtractRewardSection, description="How a candidate's JSON becomes one number."
     )
 
 
-class DpoExtractConfig(ExtractConfig):
-    """DPO on JSON extraction: candidates from the engine, pairs by the verifier, a LoRA adapter that is swapped in."""
+class SqlConfig(LearnConfig):
+    """A run on text-to-SQL."""
 
-    name: Name = Field("dpo_extract", description=NAME_MEANS)
+    task: ClassVar[str] = "sql"
+
+    data: SqlDataSection = Field(default_factory=SqlDataSection, description="Training and held-out questions.")
+    reward: SqlRewardSection = Field(
+        default_factory=SqlRewardSection, description="How a candidate's query becomes one number."
+    )
+
+
+class _Sft(LearnConfig):
+    """Learning from demonstrations."""
+
+    rounds: PositiveInt = Field(6, description="Rounds of learning and publication.")
+    sft: SftSection = Field(default_factory=SftSection, description="Learning from demonstrations (TRL's names).")
+
+
+class _BestOfN(LearnConfig):
+    """Learning from the best of N candidates."""
+
+    best_of_n: BestOfNSection = Field(
+        default_factory=BestOfNSection, description="Learning from the best candidates (TRL's names)."
+    )
+
+
+class _Dpo(LearnConfig):
+    """Learning from pairs of candidates."""
+
     dpo: DpoSection = Field(default_factory=DpoSection, description="Learning from pairs (TRL's names).")
 
     @model_validator(mode="after")
-    def _enough_candidates(self) -> DpoExtractConfig:
+    def _enough_candidates(self) -> _Dpo:
         if self.rollout.num_candidates < 2:
             raise ValueError("rollout.num_candidates is 1, but a pair needs two candidates of a prompt; set at least 2")
         return self
+
+
+class _Grpo(LearnConfig):
+    """Learning from groups of candidates."""
+
+    grpo: GrpoSection = Field(default_factory=GrpoSection, description="Learning from groups (TRL's names).")
+
+    @model_validator(mode="after")
+    def _enough_candidates(self) -> _Grpo:
+        if self.rollout.num_candidates < 2:
+            raise ValueError(
+                "rollout.num_candidates is 1, but GRPO compares the candidates of a prompt; set at least 2"
+            )
+        return self
+
+
+class SftExtractConfig(ExtractConfig, _Sft):
+    """SFT on JSON extraction."""
+
+    name: Name = Field("sft_extract", description=NAME_MEANS)
+
+
+class SftSqlConfig(SqlConfig, _Sft):
+    """SFT on text-to-SQL."""
+
+    name: Name = Field("sft_sql", description=NAME_MEANS)
+
+
+class BestOfNExtractConfig(ExtractConfig, _BestOfN):
+    """Rejection-sampling fine-tuning on JSON extraction."""
+
+    name: Name = Field("best_of_n_extract", description=NAME_MEANS)
+
+
+class BestOfNSqlConfig(SqlConfig, _BestOfN):
+    """Rejection-sampling fine-tuning on text-to-SQL."""
+
+    name: Name = Field("best_of_n_sql", description=NAME_MEANS)
+
+
+class DpoExtractConfig(ExtractConfig, _Dpo):
+    """DPO on JSON extraction."""
+
+    name: Name = Field("dpo_extract", description=NAME_MEANS)
+
+
+class DpoSqlConfig(SqlConfig, _Dpo):
+    """DPO on text-to-SQL."""
+
+    name: Name = Field("dpo_sql", description=NAME_MEANS)
+
+
+class GrpoExtractConfig(ExtractConfig, _Grpo):
+    """GRPO on JSON extraction."""
+
+    name: Name = Field("grpo_extract", description=NAME_MEANS)
+
+
+class GrpoSqlConfig(SqlConfig, _Grpo):
+    """GRPO on text-to-SQL."""
+
+    name: Name = Field("grpo_sql", description=NAME_MEANS)

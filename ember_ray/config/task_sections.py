@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -92,4 +92,29 @@ class ExtractRewardSection(RewardSection):
     )
     weights: dict[str, Weight] = Field(
         {}, description="Weights of fields by dotted path (weighted), or of parse, schema, fields, clean (decomposed)."
+    )
+
+
+class SqlDataSection(DataSection):
+    """``data.*`` of text-to-SQL."""
+
+    levels: Annotated[list[Literal[1, 2, 3, 4]], Field(min_length=1)] = Field(
+        [1, 2, 3, 4], description="Difficulty of the generated questions (not used with own files)."
+    )
+    databases: str | None = Field(
+        None, description="Folder of the generated SQLite databases; null = <output_dir>/databases."
+    )
+
+
+class SqlRewardSection(RewardSection):
+    """``reward.*`` of text-to-SQL."""
+
+    shares: ClassVar[tuple[str, ...]] = ("parse", "execute", "columns", "rows")
+
+    design: Literal["binary", "weighted", "decomposed"] = Field(
+        "decomposed",
+        description="binary: right result or not; weighted: result columns by weight; decomposed: parse, execute, ...",
+    )
+    weights: dict[str, Weight] = Field(
+        {}, description="Weights of result columns (weighted), or of parse, execute, columns, rows (decomposed)."
     )

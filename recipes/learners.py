@@ -1,0 +1,130 @@
+"""The algorithms: which learner learns, from which section of the configuration, and from how much a round."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ember_ray.config.schema import LearnConfig
+from ember_ray.data.example import Example
+from ember_ray.train.grpo_options import GrpoOptions
+from ember_ray.train.options import DpoOptions, LearnerOptions, LoraOptions, SftOptions
+from recipes.session import LEARNER_GPU
+from recipes.setup import model_path
+from recipes.tasks import task_of
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """A way to learn.
+
+    Attributes:
+        name: which; as the summary tells it.
+        kind: of the learner, see ``actors.learner``.
+        section: of the configuration; its settings are the learner's options by the same names.
+        options: class of the options.
+        rows: most rows of a round that are learnt from.
+        rolls_out: whether it learns from candidates of the engine; then training rows need what judges them.
+        unit: what it learns from, in words.
+    """
+
+    name: str
+    kind: str
+    section: str
+    options: type[LearnerOptions]
+    rows: Callable[[Any], int]
+    rolls_out: bool
+    unit: str
+
+    def steps_a_round(self, config: LearnConfig) -> int:
+        """Most optimizer steps of a round."""
+        section = getattr(config, self.section)
+        per_step = section.per_device_train_batch_size * section.gradient_accumulation_steps
+        return math.ceil(self.rows(config) / per_step) * getattr(section, "epochs_per_round", 1)
+
+    def learner_options(self, config: LearnConfig) -> LearnerOptions:
+        """The learner's options, with the length of the schedule and the run's seed."""
+        section = getattr(config, self.section).model_dump()
+        known = {field.name for field in fields(self.options)}
+        # what the rollout decides
+        section |= {"temperature": config.rollout.temperature, "max_completion_length": config.rollout.max_tokens}
+        values: dict[str, Any] = {
+            name: tuple(v) if isinstance(v, list) else v for name, v in section.items() if name in known
+        }
+        return self.options(**values, planned_steps=config.rounds * self.steps_a_round(config), seed=config.seed)
+
+    def plan(self, config: LearnConfig) -> str:
+        """The line of the plan about learning."""
+        steps, section = self.steps_a_round(config), getattr(config, self.section)
+        per_step = section.per_device_train_batch_size * section.gradient_accumulation_steps
+        return (
+            f"at most {self.rows(config):,} {self.unit} a round, {per_step} a step: "
+            f"at most {steps:,} steps a round and {steps * config.rounds:,} in all"
+        )
+
+    def prepare(self, config: LearnConfig, examples: Sequence[Example]) -> list[Example]:
+        """Training rows with what the algorithm needs of them."""
+        return list(examples)
+
+
+@dataclass(frozen=True)
+class Demonstrations(Algorithm):
+    """Learning from answers that the rows bring; generated rows get answers of mixed quality."""
+
+    def prepare(self, config: LearnConfig, examples: Sequence[Example]) -> list[Example]:
+        if config.data.train_path is None:
+            return task_of(config).demonstrate(examples, config.sft.faults, config.seed)  # type: ignore[attr-defined]
+        return list(examples)
+
+
+def _candidates(config: Any) -> int:
+    return config.rollout.prompts_per_round * config.rollout.num_candidates
+
+
+def _pairs(config: Any) -> int:
+    per_prompt = config.dpo.pairs_per_prompt or math.comb(config.rollout.num_candidates, 2)
+    return config.rollout.prompts_per_round * per_prompt
+
+
+def _chosen(config: Any) -> int:
+    return config.rollout.prompts_per_round * config.best_of_n.per_prompt
+
+
+SFT = Demonstrations("sft", "sft", "sft", SftOptions, lambda c: c.sft.rows_per_round, False, "demonstrations")
+BEST_OF_N = Algorithm("best_of_n", "sft", "best_of_n", SftOptions, _chosen, True, "chosen candidates")
+DPO = Algorithm("dpo", "dpo", "dpo", DpoOptions, _pairs, True, "pairs")
+GRPO = Algorithm("grpo", "grpo", "grpo", GrpoOptions, _candidates, True, "candidates")
+
+
+def start_learner(config: LearnConfig, algorithm: Algorithm, folder: Path) -> Any:
+    """A learner actor; its ``start`` must be waited for. It shares the cores with the stages, which rest meanwhile.
+
+    It is on the driver's node, where the run folder is, unless only another node has a GPU left for it; then the two
+    nodes have to share the folder. A float16 model learns in float32, since gradients leave float16's range.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from actors.learner import LearnerActor, LearnerSettings
+
+    lora = config.lora.model_dump()
+    for name in ("target_modules", "layers_to_transform"):
+        lora[name] = lora[name] and tuple(lora[name])
+    settings = LearnerSettings(
+        kind=algorithm.kind,  # type: ignore[arg-type]
+        model_path=model_path(config),
+        lora=LoraOptions(**lora),
+        options=algorithm.learner_options(config),
+        dtype="float32" if config.model.dtype == "float16" else config.model.dtype,
+        device=config.model.device,
+        output_dir=str(folder),
+        init_adapter=config.model.adapter and str(Path(config.model.adapter).resolve()),
+    )
+    resources = {"num_cpus": 0, "num_gpus": LEARNER_GPU if config.model.device == "cuda" else 0}
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    actor: Any = LearnerActor
+    # no name: a lost learner's may still be taken when the next one comes up
+    return actor.options(scheduling_strategy=here, **resources).remote(settings)

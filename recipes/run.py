@@ -1,0 +1,386 @@
+"""What every training run has around its loop: folder, actors, evaluations, bookkeeping, resuming, the end.
+
+A recipe's loop calls the methods of `Run` in the order in which things happen; see ``recipes/dpo_extract.py``.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from actors.calls import ActorLost
+from actors.messages import PromptRow, RolloutResult
+from ember_ray.config.cli import run_cli
+from ember_ray.config.errors import UserError
+from ember_ray.config.schema import LearnConfig
+from ember_ray.data.example import Example
+from ember_ray.data.scored_group import ScoredGroup
+from ember_ray.data.tokenize import completion_tokens
+from ember_ray.engine.sampling_params import SamplingParams
+from ember_ray.model.tokenizer import Tokenizer
+from ember_ray.tracking.console import Console
+from ember_ray.tracking.evaluation import gains, summarize
+from ember_ray.tracking.metrics import rollout_metrics
+from ember_ray.tracking.report import write_report
+from ember_ray.tracking.rows import prompt_text
+from ember_ray.tracking.run_folder import RunFolder
+from ember_ray.tracking.samples import changed_samples, draw, verdict
+from ember_ray.tracking.summary import build_summary
+from ember_ray.tracking.trackers import Tracker, make_tracker
+from ember_ray.train.batch import Demonstration
+from ember_ray.train.grpo_rows import zero_spread
+from ember_ray.train.options import DpoOptions
+from ember_ray.train.preferences import answers_to_score, reference_scores
+from recipes.learners import Algorithm, start_learner
+from recipes.session import PendingRollout, Session, added
+from recipes.setup import load_rows, model_path, plan, sampling_params
+from recipes.tasks import task_of
+
+MAY_DIFFER = ("resume", "output_dir", "tracker", "ray")
+"""Settings that a resumed run may have otherwise."""
+
+EVALUATION = 0
+"""The round number under which held-out candidates are drawn: before and after get the same random numbers."""
+
+MOST_REVIVALS = 3
+"""Learner processes lost one after the other before the run gives up."""
+
+Evaluation = tuple[list[ScoredGroup], list[ScoredGroup]]
+"""Sampled and greedy groups of the held-out prompts."""
+
+
+class Run:
+    """One training run.
+
+    Args:
+        algorithm: which learner learns, and from what section of the configuration.
+
+    Attributes:
+        train, held_out: the rows.
+        rounds_done: whole rounds, those of an earlier session included.
+    """
+
+    def __init__(self, config: LearnConfig, algorithm: Algorithm, console: Console) -> None:
+        self.config, self.algorithm, self.console = config, algorithm, console
+        self.train, self.held_out = load_rows(config, algorithm)
+        if config.resume is not None:
+            self.folder = RunFolder.reopen(config.resume, config, MAY_DIFFER)
+        else:
+            self.folder = RunFolder.create(config.output_dir, config.name)
+            self.folder.write_config(config)
+        self.tracker: Tracker = make_tracker(
+            config.tracker, self.folder.path, self.folder.path.name, config.model_dump()
+        )
+        # actors need not share this process's working folder
+        self.adapter_path, self.learner_path = self.folder.adapter_path.resolve(), self.folder.learner_path.resolve()
+        self._tokenizer = Tokenizer(model_path(config))
+        self.first_version = 0 if config.model.adapter is None else 1
+        self.rounds_done = 0
+        self.before: Evaluation | None = None
+        self.after: Evaluation | None = None
+        self._round_began = 0.0
+        self._seconds: dict[str, float] = {}
+        self._learnt_from: Any = None
+        self._revivals = 0
+
+    def run(self, loop: Callable[[Run], None]) -> None:
+        """Brings up the actors, measures, lets the recipe's loop run, measures again."""
+        with Session(self.config, self.console) as session:
+            self.session = session
+            self._make_learner()
+            session.ready()
+            self._start_learner()
+            if self.first_version:
+                session.publish(self.learner.adapter_update.remote(self.first_version))
+            self.before = self._evaluate("before")
+            if self.config.resume is not None:
+                self._go_on()
+            self.console.start_rounds(self.config.rounds, self.rounds_done)
+            loop(self)
+            self.after = self._evaluate("after")
+
+    # What a loop is made of, in the order in which it is called.
+
+    def rounds(self) -> Iterator[tuple[int, list[PromptRow]]]:
+        """Number and prompts of each round that is still to come, within the budget of generated tokens.
+
+        Epochs over the training rows, each in an order of its own; the same ones for the same seed, also after a
+        resume.
+        """
+        size = min(self.config.rollout.prompts_per_round, len(self.train))
+        budget = self.config.rollout.token_budget
+        order: list[int] = []
+        epoch = 0
+        for number in range(1, self.config.rounds + 1):
+            if len(order) < size:
+                order = list(range(len(self.train)))
+                random.Random(f"{self.config.seed}/{epoch}").shuffle(order)
+                epoch += 1
+            rows, order = [self.train[index] for index in order[:size]], order[size:]
+            if number > self.rounds_done:
+                if budget is not None:
+                    rows = rows[: self._affordable(budget, number, size)]
+                if not rows:
+                    return
+                yield number, rows
+
+    def start_rollout(self, rows: Sequence[PromptRow], number: int) -> PendingRollout:
+        """Candidates of all rows, scored, under the policy as it is now; ``result()`` waits for them."""
+        config = self.config
+        return self.session.start_rollout(
+            rows, config.rollout.num_candidates, sampling_params(config), number, "rollout"
+        )
+
+    def rollout(self, rows: Sequence[PromptRow], number: int) -> RolloutResult:
+        """Candidates of all rows, scored."""
+        return self.start_rollout(rows, number).result()
+
+    def demonstrations(self, rows: Sequence[PromptRow]) -> list[Demonstration]:
+        """The rows' own answers, as tokens."""
+        return [self._demonstration(row, row.example) for row in rows]
+
+    def with_reference(self, groups: Sequence[ScoredGroup], rows: Sequence[PromptRow]) -> list[Any]:
+        """What DPO needs beside the groups: gold answers with ``oracle``, and what the reference says of the pairs.
+
+        The reference is the policy that the run started from.
+        """
+        options = self.algorithm.learner_options(self.config)
+        assert isinstance(options, DpoOptions)
+        batch: list[Any] = list(groups)
+        if options.pair_choice == "oracle":
+            given = [row.example for row in rows]
+            shown = [one if one.completion else task_of(self.config).demonstrate([one], 0.0, 0)[0] for one in given]
+            batch += [self._demonstration(row, example) for row, example in zip(rows, shown, strict=True)]
+        if options.reference == "engine":
+            answers = answers_to_score(batch, options)
+            begun = time.monotonic()
+            batch += reference_scores(answers, self.session.score(answers, self.first_version))
+            self._seconds["scoring"] = time.monotonic() - begun
+        return batch
+
+    def refill(self, result: RolloutResult, rows: Sequence[PromptRow], number: int) -> None:
+        """Puts groups of other prompts in the place of those whose rewards are all equal, as far as there are any.
+
+        Once a round, and what comes instead may be without spread as well; the places keep their order.
+        """
+        useless = zero_spread(result.groups)
+        taken = {row.example.id for row in rows}
+        others = [row for row in self.train if row.example.id not in taken]
+        random.Random(f"{self.config.seed}/refill/{number}").shuffle(others)
+        if useless and others:
+            more = self.start_rollout(others[: len(useless)], number).result()
+            for place, group in zip(useless, more.groups, strict=False):
+                result.groups[place] = group
+            result.stats = added(result.stats, more.stats)
+
+    def learn(self, batch: Any) -> dict[str, float]:
+        """One round of the learner. If its process dies, a fresh one goes on from the last whole round's state."""
+        begun = time.monotonic()
+        self._learnt_from = batch
+        learnt = self._ask_learner("learning", "learn", batch)
+        self._ask_learner("saving", "save_adapter", self.adapter_path)
+        self._seconds["learning"] = time.monotonic() - begun
+        return learnt
+
+    def publish(self, number: int) -> None:
+        """Makes what was learnt the policy of all stages, unless the run is the control experiment without it."""
+        begun = time.monotonic()
+        while self.config.rollout.publish:
+            try:
+                self.session.publish(self.learner.adapter_update.remote(self.first_version + number))
+                break
+            except ActorLost as lost:
+                self._revive(lost)
+        self._seconds["publishing"] = time.monotonic() - begun
+
+    def record(self, number: int, learnt: dict[str, float], result: RolloutResult | None = None) -> None:
+        """Writes down the round; from here on a resumed run need not do it again."""
+        session = self.session
+        metrics: dict[str, Any] = {"round": number, **learnt, "policy_version": session.policy_version}
+        if result is not None:
+            stats = result.stats
+            metrics |= rollout_metrics(result.groups) | {
+                "rollout_policy_version": stats.policy_version,
+                "tokens_per_second": stats.tokens_per_s,
+                "generated_tokens": stats.generated_tokens,
+                "prefill_tokens": stats.prefill_tokens,
+                "prefix_hit_tokens": stats.prefix_hit_tokens,
+                "prefix_hit_rate": stats.prefix_hit_rate,
+                "prompts": len(result.groups),
+                "preemptions": stats.preemptions,
+                "recoveries": stats.recoveries,
+                "seconds/rollout": stats.seconds_generating,
+                "seconds/verifying": stats.seconds_verifying,
+            }
+            self.folder.write_rollouts(number, result.groups)
+        metrics |= {f"seconds/{name}": seconds for name, seconds in self._seconds.items()}
+        now = time.monotonic()
+        metrics["seconds/round"] = now - self._round_began
+        self._round_began, self._seconds = now, {}
+        self.folder.append_metrics(metrics)
+        self._ask_learner("saving", "save_state", self.learner_path)
+        self._learnt_from, self._revivals = None, 0
+        self.rounds_done = number
+        self.tracker.log(metrics, step=number)
+        if result is not None:
+            self.tracker.log_samples(number, list(_sample_rows(result.groups[:4])))
+        self.console.round_done(metrics)
+
+    # The rest serves these.
+
+    def _demonstration(self, row: PromptRow, example: Example) -> Demonstration:
+        answer = example.completion
+        if answer is None:
+            raise UserError(f"training row '{example.id}' has no answer to learn from (its 'completion')")
+        tokens = completion_tokens(self._tokenizer, example, answer, self.config.data.chat_template)
+        return Demonstration(example.id, tuple(row.prompt_token_ids), tokens, answer)
+
+    def _affordable(self, budget: int, number: int, size: int) -> int:
+        """How many of a round's prompts the budget still pays for, by what a prompt has cost so far."""
+        spent, prompts = self.session.trained_tokens, self.session.trained_prompts
+        left = budget - spent
+        if left <= 0:
+            return 0
+        return size if not prompts else min(size, round(left / (spent / prompts)))
+
+    def _make_learner(self) -> None:
+        self.learner = start_learner(self.config, self.algorithm, self.learner_path)
+        self._starting = self.learner.start.remote()
+
+    def _start_learner(self) -> None:
+        self.session.call("loading the learner", self._starting)
+
+    def _ask_learner(self, phase: str, method: str, argument: Any) -> Any:
+        while True:
+            try:
+                return self.session.call(phase, getattr(self.learner, method).remote(argument))
+            except ActorLost as lost:
+                self._revive(lost, again=method == "learn")
+
+    def _revive(self, lost: ActorLost, again: bool = False) -> None:
+        """A fresh learner at the state of the last whole round, which then learns this round's batch again.
+
+        Args:
+            again: the caller will hand over the batch itself.
+        """
+        self._revivals += 1
+        if self._revivals > MOST_REVIVALS:
+            raise lost
+        self.console.info(f"the learner was lost ({lost}); a fresh one goes on after round {self.rounds_done}")
+        self._make_learner()
+        self._start_learner()
+        if self.rounds_done:
+            self.session.call("loading the state", self.learner.load_state.remote(self.learner_path))
+        if self._learnt_from is not None and not again:
+            self.session.call("learning", self.learner.learn.remote(self._learnt_from))
+
+    def _go_on(self) -> None:
+        """Brings learner, engine and counts to the end of the last whole round of the run that is resumed."""
+        if not any(self.learner_path.glob("*")):
+            return  # it ended before its first round did
+        self.rounds_done = self.session.call("loading the state", self.learner.load_state.remote(self.learner_path))
+        rows = self.folder.keep_rounds(self.rounds_done)
+        for row in rows:
+            self.session.count(row)
+        if rows and rows[-1]["policy_version"] > self.first_version:
+            self.session.publish(self.learner.adapter_update.remote(rows[-1]["policy_version"]))
+        self.console.info(f"going on after round {self.rounds_done}")
+
+    def _evaluate(self, when: str) -> Evaluation:
+        """Held-out prompts, sampled at the rollout's temperature and greedy; written to the run folder."""
+        config, session, params = self.config, self.session, sampling_params(self.config)
+        greedy_params = SamplingParams(temperature=0.0, max_tokens=params.max_tokens)
+        name = f"evaluating {when}"
+        samples = config.data.eval_samples
+        sampled = session.start_rollout(self.held_out, samples, params, EVALUATION, name).result().groups
+        greedy = session.start_rollout(self.held_out, 1, greedy_params, EVALUATION, f"{name}, greedy").result().groups
+        self.folder.write_eval("before" if when == "before" else "after", sampled, greedy)
+        self._round_began = time.monotonic()
+        return sampled, greedy
+
+    def finish(self, status: str) -> None:
+        """Summary, tracker and report, of whatever there is."""
+        seed = self.config.seed
+        before, after = self.before, self.after
+        summary = build_summary(
+            name=self.config.name,
+            seed=seed,
+            status=status,  # type: ignore[arg-type]
+            rounds=self.rounds_done,
+            before=summarize(*before, seed) if before else None,
+            after=summarize(*after, seed) if after else None,
+            gain=gains(before, after, seed) if before and after else None,
+            seconds=self.console.seconds,
+            counters=vars(self.session.totals),
+            policy_version=self.session.policy_version,
+            algorithm=self.algorithm.name,
+            task=self.config.task,
+        )
+        self.folder.write_summary(summary)
+        for when in ("before", "after"):
+            part = summary[when]
+            if part:
+                self.tracker.log({f"eval/{when}/{key}": value for key, value in part.items()}, step=self.rounds_done)
+        self.tracker.finish()
+        self.folder.close()
+        write_report(self.folder.path)
+        changed = draw(changed_samples(before[1], after[1]), 3, seed) if before and after else []
+        self.console.final(summary, changed, self.folder.path, self.folder.files())
+
+
+def _sample_rows(groups: list[ScoredGroup]) -> Iterator[dict[str, Any]]:
+    """Rows of the tracker's samples table."""
+    for group in groups:
+        for scored in group.candidates[:2]:
+            yield {
+                "prompt": prompt_text(group.prompt),
+                "completion": scored.candidate.text,
+                "reward": scored.reward,
+                "verdict": verdict(scored),
+            }
+
+
+def recipe_main(
+    config_class: type[LearnConfig], algorithm: Algorithm, loop: Callable[[Run], None], name: str, title: str, doc: str
+) -> None:
+    """The command line of a training recipe; what was learnt until Ctrl-C or a failure is kept and reported.
+
+    Args:
+        name: of the module, which is also that of the shipped configuration.
+        title: the first line on the console.
+        doc: the module's docstring; what stands behind its first paragraph describes the recipe in ``--help``.
+    """
+
+    def main(config: LearnConfig) -> None:
+        with Console() as console:
+            console.title(title, config.name)
+            run = Run(config, algorithm, console)
+            status = "failed"
+            try:
+                run.run(loop)
+                status = "finished"
+            except KeyboardInterrupt:
+                status = "interrupted"
+                raise
+            finally:
+                if hasattr(run, "session"):
+                    run.finish(status)
+
+    sys.exit(
+        run_cli(
+            config_class,
+            prog=f"python -m recipes.{name}",
+            description=doc.split("\n\n", 1)[1],
+            main=main,
+            default_config=name,
+            plan=lambda config: plan(config, algorithm),
+            user_errors=(
+                "ember_ray.model.qwen3_config:ModelError",
+                "ember_ray.engine.scheduler:RequestError",
+                "ember_ray.train.errors:LearnerError",
+            ),
+        )
+    )

@@ -1,0 +1,30 @@
+"""What each algorithm makes of a configuration."""
+
+from __future__ import annotations
+
+from ember_ray.config.learning import DpoSection
+from ember_ray.config.schema import DpoExtractConfig
+from ember_ray.config.sections import RolloutSection
+from ember_ray.train.options import DpoOptions
+from recipes.learners import DPO
+
+
+def test_steps_are_counted_over_the_whole_run() -> None:
+    config = DpoExtractConfig(
+        rounds=3,
+        seed=7,
+        rollout=RolloutSection(prompts_per_round=20, num_candidates=4),
+        dpo=DpoSection(
+            lr_scheduler_type="cosine",
+            pairs_per_prompt=2,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=3,
+            epochs_per_round=2,
+        ),
+    )
+    said = "at most 40 pairs a round, 12 a step: at most 8 steps a round and 24 in all"
+    assert DPO.plan(config) == said
+    options = DPO.learner_options(config)
+    assert isinstance(options, DpoOptions)
+    assert (options.planned_steps, options.seed, options.lr_scheduler_type) == (24, 7, "cosine")
+    assert options.loss_type == ("sigmoid", "sft")

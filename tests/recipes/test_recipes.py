@@ -1,0 +1,105 @@
+"""Every recipe in a short form: what it learns shows on held-out prompts, and what it leaves is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.command_line import Command, Ended, run
+
+SHORT = (
+    "rounds=2",
+    "rollout.prompts_per_round=64",
+    "data.eval_prompts=128",
+    "data.eval_samples=2",
+    "data.train_examples=1024",
+    "ray.dashboard=false",
+    "tracker=none",
+)
+MORE = {"sft": ("rounds=3",)}
+
+
+def only_run(folder: Path) -> Path:
+    (found,) = (path for path in (folder / "runs").iterdir() if (path / "config.yaml").is_file())
+    return found
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["extract", "sql"])
+@pytest.mark.parametrize("algorithm", ["sft", "best_of_n", "dpo", "grpo"])
+def test_a_short_run_improves_its_starting_checkpoint(algorithm: str, task: str, tmp_path: Path) -> None:
+    if (algorithm, task) == ("dpo", "extract"):
+        pytest.skip("test_dpo_extract.py has it")
+    ended = run(f"recipes.{algorithm}_{task}", *SHORT, *MORE.get(algorithm, ()), cwd=tmp_path)
+    assert ended.status == 0, ended.stderr
+    assert ended.left == [], "processes were left behind"
+    folder = only_run(tmp_path)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["algorithm"], summary["task"]) == (algorithm, task)
+    assert summary["gain"]["exact_match_sampled_interval"][0] > 0, summary["gain"]
+    metrics = rows(folder / "metrics.jsonl")
+    assert [row["policy_version"] for row in metrics] == list(range(1, len(metrics) + 1))
+    if algorithm != "sft":
+        for row in metrics:
+            assert row["mismatch/tokens"] > 0 and row["mismatch/max"] < 1e-4, "engine and learner must agree (float32)"
+            assert row["mismatch/outside"] == 0.0
+    assert (folder / "adapter" / "adapter_config.json").is_file() and (folder / "report.html").is_file()
+
+
+def adapter_of_sft(folder: Path) -> Path:
+    ended = run("recipes.sft_extract", "rounds=1", *SHORT[1:], "data.eval_prompts=16", cwd=folder)
+    assert ended.status == 0, ended.stderr
+    return only_run(folder) / "adapter"
+
+
+@pytest.mark.slow
+def test_grpo_goes_on_from_an_sft_adapter_and_resume_after_a_lost_learner_changes_nothing(tmp_path: Path) -> None:
+    """The learner's process is killed in the middle of a round; the curve is that of a run without the kill."""
+    (tmp_path / "sft").mkdir()
+    adapter = adapter_of_sft(tmp_path / "sft")
+    short = [*SHORT, "rollout.prompts_per_round=24", "data.eval_prompts=32", f"model.adapter={adapter}"]
+
+    def grpo(name: str, disturb: bool) -> tuple[Ended, Path]:
+        folder = tmp_path / name
+        folder.mkdir()
+        command = Command("recipes.grpo_extract", *short, cwd=folder)
+        if disturb:
+            deadline = time.monotonic() + 120
+            while not list(folder.glob("runs/*/learner/*.pt")):  # the first round is over
+                assert time.monotonic() < deadline and command.process.poll() is None
+                time.sleep(0.02)
+            killed = 0
+            while not killed:
+                for process in Path("/proc").glob("[0-9]*"):
+                    try:
+                        ours = command.mark.encode() in (process / "environ").read_bytes()
+                        if ours and b"LearnerActor" in (process / "cmdline").read_bytes():
+                            os.kill(int(process.name), signal.SIGKILL)
+                            killed += 1
+                    except OSError:
+                        continue
+                assert time.monotonic() < deadline
+        return command.end(), only_run(folder)
+
+    (calm, calm_run), (rough, rough_run) = grpo("calm", False), grpo("rough", True)
+    assert calm.status == rough.status == 0, calm.stderr + rough.stderr
+    assert "the learner was lost" in rough.stdout and "the learner was lost" not in calm.stdout
+    assert rough.left == []
+    timed = ("seconds", "tokens_per_second")
+    curves = [
+        [{name: value for name, value in row.items() if not name.startswith(timed)} for row in rows(path)]
+        for path in (calm_run / "metrics.jsonl", rough_run / "metrics.jsonl")
+    ]
+    assert curves[0] == curves[1]
+    # version 1 is the adapter that the run started from
+    assert [row["rollout_policy_version"] for row in curves[0]] == [1, 2]
