@@ -64,13 +64,13 @@ class MixSection(Section):
 class SqlMixSection(Section):
     """``sql_mix.*``"""
 
-    wrong_column: float = Field(0.18, ge=0, le=1, description="Share of queries with another column in place of one.")
+    wrong_column: float = Field(0.17, ge=0, le=1, description="Share of queries with another column in place of one.")
     missing_filter: float = Field(0.15, ge=0, le=1, description="Share of queries with one condition missing.")
     wrong_operator: float = Field(0.15, ge=0, le=1, description="Share of queries with another comparison.")
     wrong_aggregate: float = Field(0.15, ge=0, le=1, description="Share of aggregates that are of another kind.")
     missing_order: float = Field(0.18, ge=0, le=1, description="Share of orders that are missing or turned round.")
     broken_syntax: float = Field(0.12, ge=0, le=1, description="Share of queries that do not run.")
-    chatter: float = Field(0.14, ge=0, le=1, description="Share of queries with a sentence around them.")
+    chatter: float = Field(0.13, ge=0, le=1, description="Share of queries with a sentence around them.")
 
 
 class ModelShape(Section):

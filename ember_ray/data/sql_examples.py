@@ -10,8 +10,8 @@ from pathlib import Path
 from ember_ray.data.example import Example
 from ember_ray.data.splits import SPLITS, Split, split_of
 from ember_ray.data.sql_databases import INSTANCES, build_instance, write_databases
-from ember_ray.data.sql_faults import FAULTS, NEAR_MISSES
-from ember_ray.data.sql_questions import LEVELS, Question, Values, draw_question
+from ember_ray.data.sql_faults import near_misses
+from ember_ray.data.sql_questions import LEVELS, PATTERNS, Question, Values, draw_question
 from ember_ray.data.sql_results import Databases, Result
 from ember_ray.data.sql_schemas import SCHEMAS, Schema
 
@@ -38,15 +38,11 @@ class Subject:
         ]
 
     def tells_answers_apart(self, query: str) -> bool:
-        """Whether most instances have an answer and near misses give another one on one instance at least."""
+        """Whether most instances have an answer, not all the same one, and near misses differ on one at least."""
         results = self.databases.run_all(query)
-        if sum(map(has_content, results)) < INSTANCES - 1:
+        if sum(map(has_content, results)) < INSTANCES - 1 or all(rows == results[0] for rows in results):
             return False
-        return all(
-            self.databases.differs(edited, query, results)
-            for fault in NEAR_MISSES
-            for edited in FAULTS[fault](query, self.columns)
-        )
+        return all(self.databases.differs(edited, query, results) for edited in near_misses(query, self.columns))
 
 
 def has_content(rows: Result) -> bool:
@@ -63,8 +59,9 @@ def generate_sql_examples(
 ) -> list[Example]:
     """Makes ``count`` different questions, the same ones on every machine, and their databases.
 
-    The first n of a longer call are those of a shorter one. No gold query occurs in two splits, so no question does
-    either (a question names all that its query does). The databases are the same for every split and seed.
+    The first n of a longer call are those of a shorter one. What a question asks for, its values included, occurs in
+    one split only, however it is worded and whatever the columns are called. The databases are the same for every
+    split and seed.
 
     Args:
         split: ``train``, ``validation`` or ``test``.
@@ -83,7 +80,9 @@ def generate_sql_examples(
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split '{split}' (known: {', '.join(SPLITS)})")
-    if unknown := [str(level) for level in levels if level not in LEVELS] or ([] if levels else ["none"]):
+    if not levels:
+        raise ValueError("at least one level is needed")
+    if unknown := [str(level) for level in levels if level not in LEVELS]:
         raise ValueError(f"unknown level {', '.join(unknown)} (known: {', '.join(map(str, LEVELS))})")
     if count < 0:
         raise ValueError(f"count must be at least 0, not {count}")
@@ -100,7 +99,7 @@ def generate_sql_examples(
                 f"for seed {seed}; ask for fewer than {count}"
             )
         schema = question.schema
-        seen.add(question.query)
+        seen.add(question.text)
         examples.append(
             Example(
                 id=f"{split}-sql{name}-{seed}-{len(examples)}",
@@ -115,12 +114,13 @@ def generate_sql_examples(
 
 
 def _next_question(split: Split, levels: Sequence[int], rng: random.Random, seen: set[str]) -> Question | None:
-    """A question of this split whose query is new; None when none was found."""
+    """A question of this split that is new; None when none was found."""
     level = rng.choice(levels)
+    pattern = rng.choice(PATTERNS[level])  # drawn once: those whose questions often tell too little are not rarer
     for _ in range(MAX_TRIES):
         subject = rng.choice(_subjects())
-        question = draw_question(subject.schema, rng.choice(subject.values), level, rng)
-        if question.query in seen or split_of(f"{subject.schema.name}|{question.query}") != split:
+        question = draw_question(subject.schema, rng.choice(subject.values), level, pattern, rng)
+        if question.text in seen or split_of(subject.schema.identity(question.query)) != split:
             continue
         if subject.tells_answers_apart(question.query):
             return question

@@ -7,7 +7,7 @@ another form has fewer places that they fit; none is edited into something that 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 Columns = Mapping[str, Sequence[tuple[str, str]]]
 """Table name to its columns, (name, type)."""
@@ -28,7 +28,7 @@ _OPERATOR = re.compile(r" (?:>=|<=|>|<|=|NOT IN|IN|UNION|INTERSECT|EXCEPT) ")
 _AGGREGATES = {"AVG": ("SUM", "MAX"), "SUM": ("AVG", "COUNT"), "MAX": ("MIN", "SUM"), "MIN": ("MAX", "AVG")}
 _AGGREGATE = re.compile(r"\b(?:AVG|SUM|MAX|MIN)\(|\bCOUNT\(\*\)")
 _INNER = r"\((?:[^()]|\([^()]*\))*\)"
-_CONDITION = rf"[\w*()]+ (?:>=|<=|>|<|=|NOT IN|IN) (?:'[^']*'|\d+|{_INNER})"
+_CONDITION = rf"[\w*()]+ (?:>=|<=|>|<|=|NOT IN|IN) (?:'[^']*'|\d+\b|{_INNER})"
 _FILTERS = (
     re.compile(rf" WHERE {_CONDITION}(?! AND )"),
     re.compile(rf"(?<= WHERE ){_CONDITION} AND "),
@@ -41,6 +41,14 @@ _LAST = re.compile(r"\s*(?:'[^']*'|\w+|[^\w\s'])$")
 
 def _cut(query: str, found: re.Match[str], instead: str = "") -> str:
     return query[: found.start()] + instead + query[found.end() :]
+
+
+def _overlapping(pattern: re.Pattern[str], query: str) -> Iterator[re.Match[str]]:
+    """All matches, those inside another one (a condition of a subquery) included."""
+    found = pattern.search(query)
+    while found:
+        yield found
+        found = pattern.search(query, found.start() + 1)
 
 
 def wrong_column(query: str, columns: Columns) -> list[str]:
@@ -59,12 +67,21 @@ def wrong_column(query: str, columns: Columns) -> list[str]:
 
 def missing_filter(query: str, columns: Columns) -> list[str]:
     """One condition of WHERE or HAVING left out."""
-    return [_cut(query, found) for pattern in _FILTERS for found in pattern.finditer(query)]
+    return [_cut(query, found) for pattern in _FILTERS for found in _overlapping(pattern, query)]
+
+
+def _replaced_operators(query: str, wanted: Callable[[str, str], bool]) -> list[str]:
+    return [
+        _cut(query, found, other)
+        for found in _OPERATOR.finditer(query)
+        for other in _OPERATORS[found[0]]
+        if wanted(found[0], other)
+    ]
 
 
 def wrong_operator(query: str, columns: Columns) -> list[str]:
     """One comparison or set operation replaced."""
-    return [_cut(query, found, other) for found in _OPERATOR.finditer(query) for other in _OPERATORS[found[0]]]
+    return _replaced_operators(query, lambda old, new: True)
 
 
 def wrong_aggregate(query: str, columns: Columns) -> list[str]:
@@ -99,5 +116,19 @@ FAULTS: dict[str, Callable[[str, Columns], list[str]]] = {
 }
 """Each gives all edits of a query that have this fault; none where the query has no place for it."""
 
-NEAR_MISSES = ("missing_filter", "wrong_operator", "wrong_aggregate", "missing_order")
-"""Faults that the databases of a generated question always show."""
+_HIDES_ONE_ROW = re.compile(r"\b(?:HAVING|MIN|MAX)\b|\(SELECT")
+
+
+def near_misses(query: str, columns: Columns) -> list[str]:
+    """Edits that must not return what a generated question's query returns.
+
+    All with a filter, operator, aggregate or order at fault, but ``>=`` for ``>`` only where the one row more that it
+    finds can be seen.
+    """
+    hidden = _HIDES_ONE_ROW.search(query) is not None
+    return [
+        *missing_filter(query, columns),
+        *_replaced_operators(query, lambda old, new: not hidden or old.strip(" =") != new.strip(" =")),
+        *wrong_aggregate(query, columns),
+        *missing_order(query, columns),
+    ]

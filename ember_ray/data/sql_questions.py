@@ -53,7 +53,7 @@ class Drawer:
         return self.rng.choice(column.phrases)
 
     def table(self) -> Table:
-        return self.child if self.rng.random() < 0.7 else self.parent
+        return self.child if self.rng.random() < 0.6 else self.parent
 
     def number(self, table: Table, besides: Sequence[Column] = ()) -> Column:
         return self.rng.choice([column for column in table.of_kind("number") if column not in besides])
@@ -71,9 +71,7 @@ class Drawer:
 
     def filters(self, table: Table, besides: Sequence[Column] = (), two: float = 0.25) -> tuple[str, str, list[Column]]:
         """One or two conditions on different columns, in words and in SQL, and their columns."""
-        # What names a child's row is never asked for; a parent's label is what people know it by.
-        kinds = table.of_kind("word", "number") if table is self.child else list(table.columns)
-        columns = [column for column in kinds if column not in besides]
+        columns = [column for column in table.of_kind("word", "number") if column not in besides]
         used = self.rng.sample(columns, min(len(columns), 2 if self.rng.random() < two else 1))
         parts = [self.condition(column) for column in used]
         return " and ".join(words for words, _ in parts), " AND ".join(sql for _, sql in parts), used
@@ -167,51 +165,44 @@ def join_show(d: Drawer) -> tuple[str, str]:
 def _measure(d: Drawer, besides: Sequence[Column] = ()) -> tuple[str, str, list[Column]]:
     """A number for a group of the child's rows: how many, or an aggregate of a column."""
     if d.rng.random() < 0.4:
-        return f"number of {d.child.noun}", "COUNT(*)", []
+        return "count", "COUNT(*)", []
     column = d.number(d.child, besides)
     function, names = d.rng.choice(AGGREGATES)
     return f"{d.rng.choice(names)} {d.phrase(column)}", f"{function}({column.name})", [column]
 
 
-def _optional_filter(d: Drawer, besides: Sequence[Column]) -> tuple[str, str]:
-    words, where, _ = d.filters(d.child, besides, two=0.0)
-    return (f" of those with {words}", f" WHERE {where}") if d.rng.random() < 0.7 else ("", "")
-
-
 def group(d: Drawer) -> tuple[str, str]:
     by = d.child.of_kind("word")[0]
     asked, measure, used = _measure(d)
-    words, where = _optional_filter(d, [by, *used])
+    words, where, _ = d.filters(d.child, [by, *used], two=0.0)
     return (
-        f"For each {d.phrase(by)} of {d.child.noun}, give the {asked}{words}.",
-        f"SELECT {by.name}, {measure} FROM {d.child.name}{where} GROUP BY {by.name}",
+        f"For each {d.phrase(by)} of {d.child.noun} with {words}, give the {asked}.",
+        f"SELECT {by.name}, {measure} FROM {d.child.name} WHERE {where} GROUP BY {by.name}",
     )
 
 
 def join_group(d: Drawer) -> tuple[str, str]:
     by = d.parent.columns[0]
     asked, measure, used = _measure(d)
-    words, where = _optional_filter(d, used)
+    words, where, _ = d.filters(d.child, used, two=0.0)
     return (
-        f"For each {d.phrase(by)} of {d.parent.noun}, give the {asked}{words}.",
-        f"SELECT {by.name}, {measure} FROM {d.join}{where} GROUP BY {by.name}",
+        f"For each {d.phrase(by)} of {d.parent.noun}, give the {asked} of {d.child.noun} with {words}.",
+        f"SELECT {by.name}, {measure} FROM {d.join} WHERE {where} GROUP BY {by.name}",
     )
 
 
 def having(d: Drawer) -> tuple[str, str]:
-    joined = d.rng.random() < 0.4
-    by = d.parent.columns[0] if joined else d.child.of_kind("word")[0]
-    owner = d.parent if joined else d.child
+    by = d.child.of_kind("word")[0]
     asked, measure, used = _measure(d)
-    if not used:
-        value = d.rng.randint(2, 5)
+    if used:
+        value = int(str(d.rng.choice(d.values[used[0].name]))) * (d.rng.randint(1, 3) if "SUM" in measure else 1)
     else:
-        value = int(str(d.rng.choice(d.values[used[0].name])))
-        value = value * d.rng.randint(2, 4) if measure.startswith("SUM") else value
-    words, condition = d.compare(measure, asked, value)
+        value = d.rng.randint(1, 4)
+    words, where, _ = d.filters(d.child, [by, *used], two=0.0)
+    limit, condition = d.compare(measure, asked, value)
     return (
-        f"Which {d.phrase(by)} of {owner.noun} has {words}?",
-        f"SELECT {by.name} FROM {d.join if joined else d.child.name} GROUP BY {by.name} HAVING {condition}",
+        f"For {d.child.noun} with {words}, which {d.phrase(by)} has {limit}?",
+        f"SELECT {by.name} FROM {d.child.name} WHERE {where} GROUP BY {by.name} HAVING {condition}",
     )
 
 
@@ -256,7 +247,10 @@ def sets(d: Drawer) -> tuple[str, str]:
     )
 
 
-PATTERNS: dict[int, tuple[Callable[[Drawer], tuple[str, str]], ...]] = {
+Pattern = Callable[[Drawer], tuple[str, str]]
+"""Draws a question in words and in SQL."""
+
+PATTERNS: dict[int, tuple[Pattern, ...]] = {
     1: (show,),
     2: (count, aggregate, top, ordered),
     3: (join_filter, join_show, group, join_group),
@@ -265,8 +259,7 @@ PATTERNS: dict[int, tuple[Callable[[Drawer], tuple[str, str]], ...]] = {
 LEVELS = tuple(PATTERNS)
 
 
-def draw_question(schema: Schema, values: Values, level: int, rng: random.Random) -> Question:
+def draw_question(schema: Schema, values: Values, level: int, pattern: Pattern, rng: random.Random) -> Question:
     """Draws a question; whether its answer tells anything is for the caller to find out."""
-    pattern = rng.choice(PATTERNS[level])
     text, query = pattern(Drawer(schema, values, rng))
     return Question(schema, level, pattern.__name__, text, query)

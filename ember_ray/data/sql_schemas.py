@@ -7,7 +7,8 @@ ties.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Kind = Literal["label", "word", "number"]
@@ -19,7 +20,7 @@ class Column:
     name: its name in the database.
     kind: ``label``: text, different in every row; ``word``: text from a few; ``number``: an integer, different in
         every row.
-    phrases: what questions call it.
+    phrases: what questions call it; its name may be any of them.
     values: what its cells are drawn from.
     """
 
@@ -65,6 +66,12 @@ class Schema:
         parent = [self.key, *(column.name for column in self.parent.columns)]
         return f"{self.child.name}({', '.join(child)}) {self.parent.name}({', '.join(parent)})"
 
+    def identity(self, query: str) -> str:
+        """What a query asks for, the same whatever names the columns have; names the rows that it is about."""
+        plain = {column.name: column.phrases[0] for table in (self.child, self.parent) for column in table.columns}
+        asked = re.sub(r"\w+", lambda word: plain.get(word[0], word[0]), query)
+        return f"{self.child.noun}|{asked}"
+
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
@@ -89,7 +96,7 @@ PEOPLE = _words(
 ITEMS = tuple(f"{thing} {size}" for thing in _words("chair desk lamp tent") for size in range(1, 11))
 COUNTRIES = "Brazil Canada France India Japan Kenya Peru Spain"
 
-SCHEMAS: tuple[Schema, ...] = (
+_SUBJECTS: tuple[Schema, ...] = (
     Schema(
         "company",
         Table(
@@ -97,7 +104,7 @@ SCHEMAS: tuple[Schema, ...] = (
             "employees",
             (
                 _label("name", "name", PEOPLE),
-                _word("job", "job", "baker driver editor lawyer nurse painter teacher writer"),
+                _word("job", "job role", "baker driver editor lawyer nurse painter teacher writer"),
                 _number("age", "age", 20, 69),
                 _number("pay", "pay salary", 20, 99),
             ),
@@ -107,8 +114,8 @@ SCHEMAS: tuple[Schema, ...] = (
             "teams",
             (
                 _label("unit", "unit", _words("Audit Design Export Legal Press Repair Sales Supply Travel Web")),
-                _number("floor", "floor", 10, 40),
-                _number("budget", "budget", 10, 99),
+                _number("floor", "floor level", 10, 40),
+                _number("budget", "budget funds", 10, 99),
             ),
         ),
         "team_id",
@@ -120,9 +127,9 @@ SCHEMAS: tuple[Schema, ...] = (
             "products",
             (
                 _label("item", "item", ITEMS),
-                _word("color", "color", "black blue brown green red silver white yellow"),
+                _word("color", "color shade", "black blue brown green red silver white yellow"),
                 _number("price", "price cost", 10, 99),
-                _number("stock", "stock", 10, 99),
+                _number("stock", "stock supply", 10, 99),
             ),
         ),
         Table(
@@ -130,8 +137,8 @@ SCHEMAS: tuple[Schema, ...] = (
             "makers",
             (
                 _label("brand", "brand", _words("Acme Alpine Amber Atlas Cedar Cobalt Delta Echo Harbor Maple")),
-                _word("country", "country", COUNTRIES),
-                _number("workers", "workers", 10, 99),
+                _word("country", "country origin", COUNTRIES),
+                _number("workers", "workers staff", 10, 99),
             ),
         ),
         "maker_id",
@@ -143,9 +150,9 @@ SCHEMAS: tuple[Schema, ...] = (
             "books",
             (
                 _label("title", "title", tuple(f"Life of {name}" for name in PEOPLE)),
-                _word("genre", "genre", "comedy crime drama fantasy history horror poetry romance"),
+                _word("genre", "genre kind", "comedy crime drama fantasy history horror poetry romance"),
                 _number("pages", "pages length", 10, 99),
-                _number("copies", "copies", 10, 99),
+                _number("copies", "copies stock", 10, 99),
             ),
         ),
         Table(
@@ -168,7 +175,7 @@ SCHEMAS: tuple[Schema, ...] = (
                 _label("player_name", "name", PEOPLE),
                 _word("role", "role position", "back centre forward guard keeper libero striker winger"),
                 _number("goals", "goals", 10, 70),
-                _number("weight", "weight", 50, 99),
+                _number("weight", "weight mass", 50, 99),
             ),
         ),
         Table(
@@ -191,8 +198,8 @@ SCHEMAS: tuple[Schema, ...] = (
             "flights",
             (
                 _label("code", "code", tuple(f"{letter}{number}" for letter in "ABCD" for number in range(10, 20))),
-                _word("destination", "destination", "Athens Dublin Geneva Lisbon Milan Paris Rome Vienna"),
-                _number("seats", "seats", 10, 99),
+                _word("destination", "destination target", "Athens Dublin Geneva Lisbon Milan Paris Rome Vienna"),
+                _number("seats", "seats places", 10, 99),
                 _number("fare", "fare price", 20, 99),
             ),
         ),
@@ -202,7 +209,7 @@ SCHEMAS: tuple[Schema, ...] = (
             (
                 _label("carrier", "carrier", _words("Aero Breeze Cirrus Dart Express Falcon Gull Jet Orbit Swift")),
                 _number("planes", "planes fleet", 10, 80),
-                _number("routes", "routes", 10, 99),
+                _number("routes", "routes lines", 10, 99),
             ),
         ),
         "airline_id",
@@ -214,9 +221,9 @@ SCHEMAS: tuple[Schema, ...] = (
             "pupils",
             (
                 _label("pupil_name", "name", PEOPLE),
-                _word("hobby", "hobby", "chess dance football music photo reading sailing tennis"),
+                _word("hobby", "hobby pastime", "chess dance football music photo reading sailing tennis"),
                 _number("score", "score points", 20, 99),
-                _number("absences", "absences", 10, 60),
+                _number("absences", "absences misses", 10, 60),
             ),
         ),
         Table(
@@ -226,10 +233,25 @@ SCHEMAS: tuple[Schema, ...] = (
                 _label(
                     "subject", "subject", _words("Art Biology Drama English French History Latin Maths Music Sport")
                 ),
-                _number("room", "room", 10, 60),
-                _number("hours", "hours", 10, 90),
+                _number("room", "room hall", 10, 60),
+                _number("hours", "hours time", 10, 90),
             ),
         ),
         "course_id",
     ),
 )
+
+
+def _renamed(schema: Schema) -> Schema:
+    """The same with other names for the columns that have two."""
+
+    def rename(table: Table) -> Table:
+        columns = tuple(replace(column, name=column.phrases[-1]) if len(column.phrases) > 1 else column
+                        for column in table.columns)  # fmt: skip
+        return replace(table, columns=columns)
+
+    return replace(schema, name=f"{schema.name}_2", child=rename(schema.child), parent=rename(schema.parent))
+
+
+SCHEMAS: tuple[Schema, ...] = tuple(made for schema in _SUBJECTS for made in (schema, _renamed(schema)))
+"""Every subject twice, with other column names: which one to write, the schema in the prompt says."""
