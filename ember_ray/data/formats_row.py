@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -163,17 +164,22 @@ def refuse_constant(name: str) -> object:
 def _check_columns(columns: Mapping[str, object], raw: Mapping[str, object], wrong: list[str]) -> set[str]:
     """Tells columns that may not be; returns the keys that misspelt ones seem to mean."""
     meant: set[str] = set()
-    absent = [key for key in KEYS if key not in raw and len(key) > 3]
+    absent = tuple(key for key in KEYS if key not in raw and len(key) > 3)
     for key, value in columns.items():
-        close = get_close_matches(key.lower(), absent, n=1, cutoff=TYPO_CUTOFF)
+        close = _close_key(key, absent)
         if key in ARGUMENTS:
             wrong.append(f"a column may not be called '{key}', reward functions get that already; rename it")
         elif key in TEMPLATE_INPUTS and value is not None:
             wrong.append(f"'{key}' is not supported, prompts are texts and messages only; take the column out")
         elif close:
-            wrong.append(f"unknown key '{key}'; did you mean '{close[0]}'? Otherwise rename the column")
-            meant.add(close[0])
+            wrong.append(f"unknown key '{key}'; did you mean '{close}'? Otherwise rename the column")
+            meant.add(close)
     return meant
+
+
+@lru_cache(maxsize=4096)  # a dataset has the same few columns in all rows
+def _close_key(key: str, absent: tuple[str, ...]) -> str | None:
+    return next(iter(get_close_matches(key.lower(), absent, n=1, cutoff=TYPO_CUTOFF)), None)
 
 
 def _databases(value: object, folder: Path, wrong: list[str]) -> tuple[str, ...]:
