@@ -75,16 +75,10 @@ def test_rules_hold_for_any_groups(rows, least, most, shuffler):
     found, counts = select_best(groups, least, most)
     for one in groups:
         mine = [entry for entry in found if entry.request_id == one.request_id]
-        good = {  # by tokens; of equal ones the first that was judged
-            tokens: next(
-                c for c in one.candidates
-                if tuple(c.candidate.token_ids) == tokens and c.reward is not None and c.candidate.finish_reason != "abort"
-            )
-            for tokens in {
-                tuple(c.candidate.token_ids) for c in one.candidates
-                if c.reward is not None and c.candidate.finish_reason != "abort"
-            }
-        }  # fmt: skip
+        good = {}  # by tokens; of equal ones the first that was judged
+        for c in one.candidates:
+            if c.reward is not None and c.candidate.finish_reason != "abort":
+                good.setdefault(tuple(c.candidate.token_ids), c)
         rewards = sorted(
             (c.reward for c in good.values() if c.candidate.finish_reason != "length" and c.reward >= least - 1e-9),
             reverse=True,

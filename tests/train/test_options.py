@@ -2,7 +2,7 @@
 
 import pytest
 
-from ember_ray.train.options import DpoOptions, LoraOptions
+from ember_ray.train.options import DpoOptions, LoraOptions, SftOptions
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,11 @@ from ember_ray.train.options import DpoOptions, LoraOptions
         ({"loss_type": "sigmoid"}, "loss_type"),
         ({"loss_weights": (1.0,)}, "loss_weights"),
         ({"max_length": 1}, "max_length"),
+        ({"pair_choice": "worst"}, "pair_choice"),
+        ({"min_margin": -0.1}, "min_margin"),
+        ({"pairs_per_prompt": -1}, "pairs_per_prompt"),
+        ({"reference": "base"}, "reference must be one of trainer, engine"),
+        ({"mismatch_candidates": -1}, "mismatch_candidates"),
     ],
 )
 def test_dpo(values, word):
@@ -47,8 +52,22 @@ def test_lora(values, word):
         LoraOptions(**values)
 
 
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ({"loss_type": "sigmoid"}, "sft options: loss_type must be one of nll, dft"),
+        ({"min_reward": float("nan")}, "min_reward"),
+        ({"per_prompt": -1}, "per_prompt"),
+        ({"learning_rate": -1.0}, "sft options: learning_rate"),
+    ],
+)
+def test_sft(values, word):
+    with pytest.raises(ValueError, match=word):
+        SftOptions(**values)
+
+
 def test_defaults_are_sound():
-    assert LoraOptions().r == 16 and DpoOptions().loss_type == ("sigmoid", "sft")
+    assert LoraOptions().r == 16 and DpoOptions().loss_type == ("sigmoid", "sft") and SftOptions().loss_type == "nll"
 
 
 def test_a_warmup_below_one_is_a_share():

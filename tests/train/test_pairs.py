@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from ember_ray.data.scored_group import ScoredCandidate, ScoredGroup
 from ember_ray.engine.request import Candidate
+from ember_ray.train.batch import Demonstration
 from ember_ray.train.pairs import make_pairs
 
 
@@ -172,3 +173,67 @@ def test_groups_are_counted_one_by_one():
     assert [p.request_id for p in pairs] == ["a", "d"]
     assert (counts.groups, counts.groups_paired) == (4, 2)
     assert (counts.groups_without_spread, counts.groups_below_margin, counts.groups_identical) == (1, 1, 0)
+
+
+def demonstration(request_id="row-1", text="gold", prompt=(5, 6, 7), reward=1.0):
+    return Demonstration(request_id, prompt, tuple(text.encode()) + (0,), text, reward)
+
+
+def named(pairs):
+    return [(pair.chosen_text[-1], pair.rejected_text[-1]) for pair in pairs]
+
+
+def test_all_pairs_of_a_margin_widest_first():
+    one = group(scored(0, 1.0), scored(1, 0.5), scored(2, 0.0), scored(3, 0.45))
+    pairs, counts = make_pairs([one], 0.5, 0, "all_margin")
+    assert named(pairs) == [("0", "2"), ("0", "3"), ("0", "1"), ("1", "2")]
+    assert (counts.pairs, counts.groups_paired, counts.oracle) == (4, 1, 0)
+    assert named(make_pairs([one], 0.5, 2, "all_margin")[0]) == [("0", "2"), ("0", "3")]
+
+
+@given(CANDIDATES, st.sampled_from([0.0, 0.1, 0.5]), st.integers(0, 4))
+def test_all_margin_misses_no_pair(rows, margin, most):
+    candidates = [scored(i, r, t, [ord(t), k], f) for i, (r, t, k, f) in enumerate(rows)]
+    pairs, counts = make_pairs([group(*candidates)], margin, most, "all_margin")
+    first = {}
+    for c in candidates:
+        if may_be_used(c):
+            first.setdefault(tuple(c.candidate.token_ids), c)
+    wanted = {
+        (tuple(a.candidate.token_ids), tuple(b.candidate.token_ids))
+        for a in first.values()
+        for b in first.values()
+        if a.reward - b.reward > max(margin - 1e-9, 1e-9) - 1e-15 and a.candidate.text != b.candidate.text
+    }
+    found = [(pair.chosen_token_ids, pair.rejected_token_ids) for pair in pairs]
+    assert len(found) == len(set(found)) == (min(most, len(wanted)) if most else len(wanted))
+    assert set(found) <= wanted
+    widths = [pair.chosen_reward - pair.rejected_reward for pair in pairs]
+    assert widths == sorted(widths, reverse=True)
+    unpaired = counts.groups_without_spread + counts.groups_below_margin + counts.groups_identical
+    assert counts.groups_paired + unpaired == 1
+
+
+def test_the_gold_answer_against_the_worst():
+    groups = [
+        group(scored(0, 0.9), scored(1, 0.2), scored(2, 0.4)),
+        group(scored(0, 0.0), request_id="none"),
+        group(scored(0, 1.0), scored(1, 1.0), request_id="right"),
+        group(scored(0, 0.0, "gold", [9]), request_id="same"),
+    ]
+    gold = {name: demonstration(name) for name in ("row-1", "right", "same")}
+    pairs, counts = make_pairs(groups, 0.5, 0, "oracle", gold)
+    assert [(pair.chosen_text, pair.rejected_text) for pair in pairs] == [("gold", "answer 1"), ("gold", "answer 2")]
+    assert (pairs[0].chosen_token_ids, pairs[0].chosen_reward) == (tuple(b"gold") + (0,), 1.0)
+    assert pairs[0].policy_version == 3  # the candidate's
+    assert (counts.pairs, counts.oracle, counts.groups_paired) == (2, 2, 1)
+    assert (counts.groups_without_gold, counts.groups_without_spread, counts.groups_identical) == (1, 1, 1)
+    assert counts.candidates == 7
+    assert len(make_pairs(groups, 0.5, 1, "oracle", gold)[0]) == 1
+
+
+def test_a_gold_answer_of_another_prompt_is_refused():
+    with pytest.raises(ValueError, match="gold answer of 'row-1' belongs to other prompt tokens"):
+        make_pairs([group(scored(0, 0.0))], 0.1, 1, "oracle", {"row-1": demonstration(prompt=(5, 6))})
+    with pytest.raises(ValueError, match="pair_choice must be one of best_worst, all_margin, oracle, not 'worst'"):
+        make_pairs([], 0.1, 1, "worst")
