@@ -48,7 +48,7 @@ class Databases:
         """Whether an instance tells the query from the gold one, whatever the order of its columns."""
         ordered = is_ordered(gold_query)
         return any(
-            fingerprint(self.run(instance, query), ordered) != fingerprint(gold, ordered)
+            not _same(self.run(instance, query), gold, ordered)
             for instance, gold in enumerate(gold_results)
         )
 
@@ -81,6 +81,12 @@ def fingerprint(rows: Result, ordered: bool) -> object:
         return None
     plain = [tuple(sorted(map(_cell, row))) for row in rows]
     return plain if ordered else sorted(plain)
+
+
+def _same(rows: Result, others: Result, ordered: bool) -> bool:
+    if rows is None or others is None or len(rows) != len(others):
+        return rows is others
+    return rows == others or fingerprint(rows, ordered) == fingerprint(others, ordered)
 
 
 def _cell(value: object) -> str:
