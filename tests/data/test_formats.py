@@ -262,15 +262,16 @@ def test_faults_of_prompts_and_answers(tmp_path, row, what):
 
 
 def test_columns_go_to_reward_functions(tmp_path):
-    row = {"prompt": "a", "gold": 1, "golden": 2, "prompt_id": None, "difficulty": 3, "template": "t", "id": 7}
-    (found,) = _load(tmp_path, row)
+    row = {"messages": [ASK], "gold": 1, "golds": 2, "prompt_id": "x", "tools": None, "difficulty": 3, "template": "t"}
+    (found,) = _load(tmp_path, {**row, "id": 7})
     assert found.reward_columns() == {
         "gold": 1,
         "schema": None,
         "id": "7",
         "template": "t",
-        "golden": 2,
-        "prompt_id": None,
+        "golds": 2,
+        "prompt_id": "x",
+        "tools": None,
         "difficulty": 3,
     }
     assert found.difficulty is None
@@ -289,6 +290,7 @@ def test_columns_go_to_reward_functions(tmp_path):
         ("preference", {"completion": "x"}, None, "'chosen' and 'rejected' are missing"),
         ("sql", {"gold": "SELECT 1"}, None, "'databases' is missing"),
         ("sql", {"databases": "one.db"}, None, "'gold' is missing"),
+        ("sql", {"databases": "one.db", "gold": " "}, None, "'gold' must be a SQL query, not an empty string"),
         ("sql", {"databases": "one.db", "gold": {}}, None, "'gold' must be a SQL query, not an object"),
         ("sql", {"databases": "one.db", "completion": "SELECT 1"}, "SELECT 1", None),
     ],

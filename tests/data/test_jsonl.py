@@ -65,7 +65,7 @@ def test_a_row_ends_at_a_newline_only_and_a_byte_order_mark_is_fine(tmp_path):
         ('{"promt": "a"}', "unknown key 'promt'; did you mean 'prompt'"),
         ('{"prompt": "a", "golds": 1}', "unknown key 'golds'; did you mean 'gold'"),
         (_row(shcema={}), "unknown key 'shcema'; did you mean 'schema'"),
-        (_row(Databases=["a"]), "unknown key 'Databases'; did you mean 'databases'"),
+        ('{"PROMPT": "a"}', "unknown key 'PROMPT'; did you mean 'prompt'"),
         (_row(completions=["a"]), "may not be called 'completions'"),
         (_row(tools=[{}]), "'tools' is not supported"),
         (_row(databases=[]), "'databases' must be a path or a list of paths of SQLite files, not an empty list"),
