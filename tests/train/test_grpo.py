@@ -281,6 +281,27 @@ def test_several_steps_a_round(tiny_qwen3):
     assert learner.learn(groups[:1])["steps"] == 2  # a small round is one step each time
 
 
+def test_rounds_of_any_size_are_learnt_from_whole(tiny_qwen3):
+    """11 candidates in two steps of three passes, then 8 in one step of four: the mean loss is that of all of them."""
+    learner = make_learner(
+        tiny_qwen3,
+        loss_type="grpo",
+        vllm_importance_sampling_correction=False,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        learning_rate=1e-30,  # nothing moves
+    )
+    groups = make_batch(learner.model, noise=0.3)
+
+    def per_token(now, recorded, advantage):
+        return plain_grpo.policy_loss(now, recorded, advantage, 0.2, 0.2)
+
+    for some, steps in ((groups, 2), (groups[:2], 1)):
+        wanted, _ = plain(learner.model, some, per_token)
+        metrics = learner.learn(some)
+        assert metrics["steps"] == steps and metrics["loss"] == pytest.approx(wanted, abs=1e-5)
+
+
 def test_other_losses_learn(tiny_qwen3):
     for options in (
         {"loss_type": "bnpo", "scale_rewards": "batch", "delta": 1.4},
