@@ -103,36 +103,66 @@ def load_rows(config: LearnConfig, algorithm: Algorithm) -> tuple[list[PromptRow
     Raises:
         UserError: a row cannot be used; the text names it.
     """
-    data, task = config.data, task_of(config)
-    if data.train_path is not None and data.eval_path is not None:
+    data = config.data
+    if data.train_path is not None:
         judged = config.task if _judged_by_task(config) else None
         train = load_dataset_rows(data.train_path, judged if algorithm.rolls_out else "sft")  # type: ignore[arg-type]
-        held_out = load_dataset_rows(data.eval_path, judged)  # type: ignore[arg-type]
     else:
-        train = task.generate(config, "train", data.train_examples)
-        held_out = task.generate(config, "test", data.eval_prompts)
+        train = task_of(config).generate(config, "train", data.train_examples)
+    held_out = held_out_examples(config)
     train = algorithm.prepare(config, train)
-    options = engine_options(config)
-    limit = options.max_model_len or read_model_config(options.model).max_position_embeddings
-    tokenizer = Tokenizer(options.model)
+    if algorithm.rolls_out:
+        check_examples(config, "training", train)
+    return prompt_rows(config, "training", train), prompt_rows(config, "held-out", held_out)
 
-    def tokenized(name: str, examples: Sequence[Example], judged: bool) -> list[PromptRow]:
-        rows = []
+
+def held_out_examples(config: LearnConfig) -> list[Example]:
+    """Held-out rows, the user's own or generated, at most ``data.eval_prompts``; checked.
+
+    Raises:
+        UserError: a row cannot be used; the text names it.
+    """
+    data = config.data
+    if data.eval_path is not None:
+        judged = config.task if _judged_by_task(config) else None
+        examples = load_dataset_rows(data.eval_path, judged)[: data.eval_prompts]  # type: ignore[arg-type]
+    else:
+        examples = task_of(config).generate(config, "test", data.eval_prompts)
+    check_examples(config, "held-out", examples)
+    return examples
+
+
+def check_examples(config: LearnConfig, name: str, examples: Sequence[Example]) -> None:
+    """Makes sure that the task's verifier, if it has a part in the reward, can judge by the rows' gold answers.
+
+    Raises:
+        UserError: it cannot; the text names the row.
+    """
+    if _judged_by_task(config):
         for example in examples:
-            if judged and _judged_by_task(config):
-                with user_faults(ValueError, prefix=f"{name} row '{example.id}': "):
-                    task.check(example)
-            tokens = tuple(prompt_tokens(tokenizer, example, data.chat_template))
-            if len(tokens) + config.rollout.max_tokens > limit:
-                raise UserError(
-                    f"{name} row '{example.id}': its prompt has {len(tokens)} tokens, and with "
-                    f"rollout.max_tokens={config.rollout.max_tokens} that is more than the context of {limit}; "
-                    "shorten it, lower rollout.max_tokens or raise engine.max_model_len"
-                )
-            rows.append(PromptRow(example, tokens))
-        return rows
+            with user_faults(ValueError, prefix=f"{name} row '{example.id}': "):
+                task_of(config).check(example)
 
-    return tokenized("training", train, algorithm.rolls_out), tokenized("held-out", held_out[: data.eval_prompts], True)
+
+def prompt_rows(config: LearnConfig, name: str, examples: Sequence[Example]) -> list[PromptRow]:
+    """Rows with the tokens that the engine gets.
+
+    Raises:
+        UserError: a prompt is too long; the text names the row.
+    """
+    options, tokenizer = engine_options(config), Tokenizer(model_path(config))
+    limit = options.max_model_len or read_model_config(options.model).max_position_embeddings
+    rows = []
+    for example in examples:
+        tokens = tuple(prompt_tokens(tokenizer, example, config.data.chat_template))
+        if len(tokens) + config.rollout.max_tokens > limit:
+            raise UserError(
+                f"{name} row '{example.id}': its prompt has {len(tokens)} tokens, and with "
+                f"rollout.max_tokens={config.rollout.max_tokens} that is more than the context of {limit}; "
+                "shorten it, lower rollout.max_tokens or raise engine.max_model_len"
+            )
+        rows.append(PromptRow(example, tokens))
+    return rows
 
 
 def _judged_by_task(config: LearnConfig) -> bool:

@@ -93,7 +93,7 @@ def evaluate(
             values = component_means(groups, component)
             if values is not None:
                 result |= measured(f"{component}_{kind}", values, seed)
-    if reader.count_fields is not None:
+    if reader.count_fields is not None and "exact_match_sampled" in result:
         for name, values in field_scores(sampled, reader.count_fields).items():
             result |= measured(name, values, seed)
         result |= measured("field_f1_greedy", field_scores(greedy, reader.count_fields)["field_f1"], seed)
