@@ -82,4 +82,25 @@ MUTANTS = [
         new="sequence.logprobs.extend(logprobs if sequence.logprobs else sampling_logprobs)",
         tests=("tests/engine/test_generate.py", "-k", "logprobs"),
     ),
+    Mutant(
+        name="sft-learns-prompts",  # prompts are imitated too
+        module="ember_ray.train.sft",
+        old="[IGNORED] * len(prompt) + answer",
+        new="prompt + answer",
+        tests=("tests/train/test_sft.py", "-k", "loss_is_over"),
+    ),
+    Mutant(
+        name="reference-scores",  # the engine's reference comes 0.01 too high for both answers
+        module="ember_ray.train.dpo",
+        old="row[column] = scores[pair.prompt_token_ids, tokens]",
+        new="row[column] = scores[pair.prompt_token_ids, tokens] + 0.01",
+        tests=("tests/train/test_preferences.py", "-k", "engines_reference"),
+    ),
+    Mutant(
+        name="mismatch-temperature",  # the learner's side is at another temperature than the engine's
+        module="ember_ray.train.mismatch",
+        old="logits = head(states).float()",
+        new="logits = head(states).float() / 1.01",
+        tests=("tests/train/test_mismatch.py", "-k", "agree"),
+    ),
 ]
