@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ember_ray.data import formats_arrow
 from ember_ray.data.example import Example
 from ember_ray.data.faults import DataError
 from ember_ray.data.formats import load_dataset_rows
@@ -93,7 +94,7 @@ def _without_empty_columns(example: Example) -> Example:
     return replace(example, columns={key: value for key, value in example.columns.items() if value is not None})
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(ROWS)
 def test_what_is_saved_as_jsonl_is_loaded_again(rows):
     with TemporaryDirectory() as folder:
@@ -101,7 +102,7 @@ def test_what_is_saved_as_jsonl_is_loaded_again(rows):
         assert load_dataset_rows(Path(folder) / "rows.jsonl") == rows
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(ROWS)
 def test_what_is_saved_as_parquet_is_loaded_again(rows):
     with TemporaryDirectory() as folder:
@@ -112,7 +113,7 @@ def test_what_is_saved_as_parquet_is_loaded_again(rows):
         ]
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(ROWS)
 def test_what_is_saved_as_a_dataset_folder_is_loaded_again(rows):
     with TemporaryDirectory() as folder:
@@ -375,7 +376,8 @@ def test_splits_of_folders(tmp_path):
     assert ids == ["data/train-00000-of-00002.parquet:1", "data/train-00001-of-00002.parquet:1"]
 
 
-def test_faults_of_tables_and_folders_name_file_and_row(tmp_path):
+def test_faults_of_tables_and_folders_name_file_and_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats_arrow, "BATCH_ROWS", 1)  # rows are counted over batches
     bad = [{"prompt": "a"}, {"prompt": None}, {"prompt": "b"}]
     for name, writer in WRITERS.items():
         writer(tmp_path / name, *bad)
