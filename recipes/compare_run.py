@@ -204,8 +204,8 @@ def held_out(config: LearnConfig) -> list[Example]:
     """The rows on which a run was measured."""
     data = config.data
     return (
-        load_dataset_rows(data.eval_path)
-        if data.eval_path
+        load_dataset_rows(data.eval)
+        if data.eval
         else task_of(config).generate(config, "test", data.eval_prompts)
     )
 

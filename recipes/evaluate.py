@@ -2,7 +2,7 @@
 
 Measures a base model, a model with an adapter (model.adapter=RUN/adapter) or a model behind an OpenAI-compatible server
 (endpoint.base_url=... endpoint.model=...) on held-out prompts of a task (task=extract or task=sql; your own rows with
-data.eval_path=...): one greedy answer and data.eval_samples sampled ones each, judged by the same verifiers. Leaves
+data.eval=...): one greedy answer and data.eval_samples sampled ones each, judged by the same verifiers. Leaves
 exact match, validity, fields, pass@k and best-of-N curves with intervals.
 """
 
@@ -90,11 +90,11 @@ def as_run(config: EvaluateConfig) -> LearnConfig:
         UserError: settings do not fit each other.
     """
     run_class, own = TASKS[config.task]
-    data = config.data.model_dump(include={"eval_path", "chat_template", "eval_prompts", "eval_samples", *own})
+    data = config.data.model_dump(include={"eval", "chat_template", "eval_prompts", "eval_samples", *own})
     values = config.model_dump(include={"name", "seed", "output_dir", "model", "ray", "engine", "rollout", "reward"})
     try:
-        # A run has both files or none; nothing reads its training rows here.
-        return run_class.model_validate({**values, "data": {**data, "train_path": config.data.eval_path}})
+        # A run with held-out rows of its own has training rows too; nothing reads them here.
+        return run_class.model_validate({**values, "data": {**data, "train": config.data.eval}})
     except ValidationError as fault:
         said = [
             f"{'.'.join(map(str, error['loc']))}: {error['msg']}".removeprefix(": ").replace("Value error, ", "")

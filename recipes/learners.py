@@ -75,7 +75,7 @@ class Demonstrations(Algorithm):
     """Learning from answers that the rows bring; generated rows get answers of mixed quality."""
 
     def prepare(self, config: LearnConfig, examples: Sequence[Example]) -> list[Example]:
-        if config.data.train_path is None:
+        if config.data.train is None:
             return task_of(config).demonstrate(examples, config.sft.faults, config.seed)  # type: ignore[attr-defined]
         return list(examples)
 

@@ -11,6 +11,7 @@ from ember_ray.config.plan import render_plan, stage_plans
 from ember_ray.config.schema import LearnConfig
 from ember_ray.data.example import Example
 from ember_ray.data.formats import load_dataset_rows
+from ember_ray.data.splits import hold_out
 from ember_ray.data.tokenize import prompt_tokens
 from ember_ray.engine.options import CPU_KV_BLOCKS, EngineOptions
 from ember_ray.engine.sampling_params import SamplingParams
@@ -104,12 +105,19 @@ def load_rows(config: LearnConfig, algorithm: Algorithm) -> tuple[list[PromptRow
         UserError: a row cannot be used; the text names it.
     """
     data = config.data
-    if data.train_path is not None:
-        judged = config.task if _judged_by_task(config) else None
-        train = load_dataset_rows(data.train_path, judged if algorithm.rolls_out else "sft")  # type: ignore[arg-type]
+    judged = config.task if _judged_by_task(config) else None
+    if data.train is None:
+        with user_faults(ValueError, prefix="data.train_examples: "):
+            train = task_of(config).generate(config, "train", data.train_examples)
+        held_out = held_out_examples(config)
+    elif data.eval is not None:
+        train = load_dataset_rows(data.train, judged if algorithm.rolls_out else "sft")  # type: ignore[arg-type]
+        held_out = held_out_examples(config)
     else:
-        train = task_of(config).generate(config, "train", data.train_examples)
-    held_out = held_out_examples(config)
+        rows = load_dataset_rows(data.train, judged)  # type: ignore[arg-type]
+        with user_faults(ValueError, prefix=f"{data.train}: "):
+            train, held_out = hold_out(rows, data.eval_prompts, config.seed)
+        check_examples(config, "held-out", held_out)
     train = algorithm.prepare(config, train)
     if algorithm.rolls_out:
         check_examples(config, "training", train)
@@ -123,11 +131,12 @@ def held_out_examples(config: LearnConfig) -> list[Example]:
         UserError: a row cannot be used; the text names it.
     """
     data = config.data
-    if data.eval_path is not None:
+    if data.eval is not None:
         judged = config.task if _judged_by_task(config) else None
-        examples = load_dataset_rows(data.eval_path, judged)[: data.eval_prompts]  # type: ignore[arg-type]
+        examples = load_dataset_rows(data.eval, judged)[: data.eval_prompts]  # type: ignore[arg-type]
     else:
-        examples = task_of(config).generate(config, "test", data.eval_prompts)
+        with user_faults(ValueError, prefix="data.eval_prompts: "):
+            examples = task_of(config).generate(config, "test", data.eval_prompts)
     check_examples(config, "held-out", examples)
     return examples
 

@@ -22,7 +22,7 @@ from ember_ray.config.sections import (
 class EvaluateDataSection(Section):
     """``data.*`` of an evaluation."""
 
-    eval_path: str | None = Field(
+    eval: str | None = Field(
         None, description="Own held-out rows (JSONL, Parquet or a Hugging Face folder); null = generated."
     )
     chat_template: bool = Field(

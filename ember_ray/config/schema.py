@@ -68,7 +68,7 @@ class LearnConfig(RunConfig):
                 f"rollout.max_tokens={self.rollout.max_tokens} leaves no room for a prompt in "
                 f"engine.max_model_len={self.engine.max_model_len}; lower it"
             )
-        if self.data.train_path is None and self.rollout.prompts_per_round > self.data.train_examples:
+        if self.data.train is None and self.rollout.prompts_per_round > self.data.train_examples:
             raise ValueError(
                 f"rollout.prompts_per_round={self.rollout.prompts_per_round} is more than "
                 f"data.train_examples={self.data.train_examples}, so prompts would repeat in a round; raise it"

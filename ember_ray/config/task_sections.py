@@ -13,10 +13,12 @@ class DataSection(Section):
     """``data.*``, whatever the task."""
 
     train_examples: PositiveInt = Field(2048, description="Training rows that the generator makes.")
-    train_path: str | None = Field(
+    train: str | None = Field(
         None, description="Own training rows (JSONL, Parquet or a Hugging Face folder); null = generated."
     )
-    eval_path: str | None = Field(None, description="Own held-out rows; given together with data.train_path.")
+    eval: str | None = Field(
+        None, description="Own held-out rows; null = a fifth of data.train, at most data.eval_prompts."
+    )
     chat_template: bool = Field(
         True, description="Put a row's text prompt into the chat template as the user's turn; false = as it is."
     )
@@ -26,12 +28,11 @@ class DataSection(Section):
     )
 
     @model_validator(mode="after")
-    def _both_files(self) -> DataSection:
-        if (self.train_path is None) != (self.eval_path is None):
-            given, absent = ("train_path", "eval_path") if self.eval_path is None else ("eval_path", "train_path")
+    def _same_task(self) -> DataSection:
+        if self.train is None and self.eval is not None:
             raise ValueError(
-                f"data.{given} is set but data.{absent} is not, so training and held-out prompts would be of "
-                "different tasks; set both or neither"
+                "data.eval is set but data.train is not, so training and held-out prompts would be of different tasks; "
+                "set data.train too"
             )
         return self
 

@@ -139,7 +139,7 @@ def test_numbers_are_read_as_people_write_them(text: str, value: float) -> None:
         ("noequals", "settings are written key=value"),
         ("dpo.loss_weights=[1]", "dpo.loss_weights has 1 values and dpo.loss_type has 2"),
         ("dpo.loss_weights=[0, 0]", "dpo.loss_weights are all 0"),
-        ("data.train_path=mine.jsonl", "data.train_path is set but data.eval_path is not"),
+        ("data.eval=mine.jsonl", "data.eval is set but data.train is not"),
         ("reward={design: binary, weights: {total: 2}}", "reward.weights has no use with reward.design=binary"),
         ("reward.weights={total: 2}", "reward.weights names 'total'; with reward.design=decomposed it takes parse"),
         ("rollout.num_candidates=1", "a pair needs two candidates"),

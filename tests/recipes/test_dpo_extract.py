@@ -185,13 +185,13 @@ BAD = [
     (["model.path=nowhere"], "no model folder 'nowhere'"),
     (["--config", "bad.yaml"], "bad.yaml"),
     (["rollout.num_candidate=4"], "num_candidates"),
-    (["data.train_path=empty.jsonl", "data.eval_path=good.jsonl"], "empty.jsonl"),
+    (["data.train=empty.jsonl", "data.eval=good.jsonl"], "empty.jsonl"),
 ]
 BAD_SLOWER = [
     (["--config", "absent.yaml"], "no configuration file 'absent.yaml'"),
     (["rounds=many"], "rounds"),
-    (["data.train_path=good.jsonl", "data.eval_path=broken.jsonl"], "broken.jsonl:2"),
-    (["data.train_path=long.jsonl", "data.eval_path=good.jsonl"], "'novel'"),
+    (["data.train=good.jsonl", "data.eval=broken.jsonl"], "broken.jsonl:2"),
+    (["data.train=long.jsonl", "data.eval=good.jsonl"], "'novel'"),
     (["output_dir=file/below"], "file/below"),
     (["engine.stages=[1,7]"], "the model has 2"),
     (["ray.address=127.0.0.1:1"], "no Ray cluster answers"),

@@ -56,18 +56,20 @@ def test_a_short_run_improves_its_starting_checkpoint(algorithm: str, task: str,
     assert (folder / "adapter" / "adapter_config.json").is_file() and (folder / "report.html").is_file()
 
 
-def adapter_of_sft(folder: Path) -> Path:
-    ended = run("recipes.sft_extract", "rounds=1", *SHORT[1:], "data.eval_prompts=16", cwd=folder)
-    assert ended.status == 0, ended.stderr
-    return only_run(folder) / "adapter"
-
-
 @pytest.mark.slow
-def test_grpo_goes_on_from_an_sft_adapter_and_resume_after_a_lost_learner_changes_nothing(tmp_path: Path) -> None:
+def test_a_run_goes_on_from_an_adapter_and_resume_after_a_lost_learner_changes_nothing(tmp_path: Path) -> None:
     """The learner's process is killed in the middle of a round; the curve is that of a run without the kill."""
-    (tmp_path / "sft").mkdir()
-    adapter = adapter_of_sft(tmp_path / "sft")
-    short = [*SHORT, "rollout.prompts_per_round=24", "data.eval_prompts=32", f"model.adapter={adapter}"]
+    from transformers import AutoModelForCausalLM
+
+    from ember_ray.assets import tiny_model_path
+    from ember_ray.train.options import LINEAR_LAYERS
+    from tests.support.peft_adapters import make_adapter
+
+    adapter = tmp_path / "adapter"
+    network = AutoModelForCausalLM.from_pretrained(tiny_model_path())
+    make_adapter(network, adapter, r=16, lora_alpha=0.2, target_modules=list(LINEAR_LAYERS))
+    short = [*SHORT, "rollout.prompts_per_round=24", "data.eval_prompts=32"]
+    short += [f"model.adapter={adapter}", "lora.lora_alpha=0.2", "grpo.learning_rate=0.01"]
 
     def grpo(name: str, disturb: bool) -> tuple[Ended, Path]:
         folder = tmp_path / name
@@ -95,7 +97,7 @@ def test_grpo_goes_on_from_an_sft_adapter_and_resume_after_a_lost_learner_change
     assert calm.status == rough.status == 0, calm.stderr + rough.stderr
     assert "the learner was lost" in rough.stdout and "the learner was lost" not in calm.stdout
     assert rough.left == []
-    timed = ("seconds", "tokens_per_second")
+    timed = ("seconds", "tokens_per_second", "step_time")
     curves = [
         [{name: value for name, value in row.items() if not name.startswith(timed)} for row in rows(path)]
         for path in (calm_run / "metrics.jsonl", rough_run / "metrics.jsonl")
