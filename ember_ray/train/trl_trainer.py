@@ -5,6 +5,7 @@ Importing this module imports torch and transformers (seconds): do so late.
 
 from __future__ import annotations
 
+import logging as python_logging
 import random
 import warnings
 from collections.abc import Iterator
@@ -84,6 +85,9 @@ def quiet() -> Iterator[None]:
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     dataset_bars = not datasets.are_progress_bars_disabled()
+    trl_logger = python_logging.getLogger("trl")  # it has advice on the placeholder data set, too
+    trl_level = trl_logger.level
+    trl_logger.setLevel(python_logging.ERROR)
     telemetry_off = hub_constants.HF_HUB_DISABLE_TELEMETRY
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -98,6 +102,7 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(verbosity)
+        trl_logger.setLevel(trl_level)
         if bars:
             logging.enable_progress_bar()
         if dataset_bars:

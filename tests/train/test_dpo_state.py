@@ -205,6 +205,9 @@ def test_options_that_do_not_fit_the_model_are_refused(tiny_qwen3):
 def test_nothing_on_the_console_no_files_and_no_touched_generators(
     tiny_qwen3, make_pair, tmp_path, capfd, monkeypatch, recwarn
 ):
+    import trl.trainer.dpo_trainer  # noqa: F401  transformers speaks when it is imported with WANDB_MODE=offline
+
+    capfd.readouterr()
     monkeypatch.chdir(tmp_path)
     random.seed(1), numpy.random.seed(1), torch.manual_seed(1)
     wanted = random.random(), numpy.random.rand(), torch.rand(1)
@@ -217,6 +220,14 @@ def test_nothing_on_the_console_no_files_and_no_touched_generators(
     assert (out, err) == ("", "")
     assert [str(w.message) for w in recwarn.list] == []
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_trl_has_no_advice_on_the_placeholder(caplog):
+    """The shipped tokenizer merges what TRL joins."""
+    from ember_ray.assets import tiny_model_path
+
+    DpoLearner(tiny_model_path(), LORA, DPO)
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("trl")] == []
 
 
 def test_bfloat16_base_keeps_a_float32_adapter(tiny_qwen3, make_pair):
