@@ -348,6 +348,13 @@ def test_json_in_tables(tmp_path):
     _from_list(tmp_path / "texts", *texts, save=lambda dataset, path: dataset.to_parquet(path))
     first, second = load_dataset_rows(tmp_path / "texts")
     assert first.gold == {"x": None} and first.schema == {"type": "object"} and second.gold == "SELECT"
+    parts = pa.array([['{"x": null}', "1"]], pa.list_(pa.string())).cast(pa.list_(pa.json_()))
+    pairs = pa.StructArray.from_arrays([parts, pa.array(["y"])], ["some", "other"])
+    pq.write_table(pa.table({"prompt": ["a"], "parts": parts, "pairs": pairs}), tmp_path / "nested")
+    assert load_dataset_rows(tmp_path / "nested")[0].columns == {
+        "parts": [{"x": None}, 1],
+        "pairs": {"some": [{"x": None}, 1], "other": "y"},
+    }
     import datetime
 
     odd = {"prompt": "a", "gold": datetime.date(2024, 1, 2)}
