@@ -15,12 +15,12 @@ from actors.calls import cause_of, first_line, kill_all
 from actors.messages import VerifierSettings
 from verifiers.judge import Batch, Judge, Judgement, TrainerState
 
-LONGEST_CHUNK_S, SHORTEST_CHUNK_S = 0.25, 0.005
+LONGEST_CHUNK_S, SHORTEST_CHUNK_S = 0.25, 0.01
 """How long the chunks last that actors are given. A hang costs its whole chunk a second look, so they are not long;
 a message takes about a millisecond, so they are not short either."""
 
 GROWTH = 4
-"""A chunk is at most this many times as large as the last one, whose pace may have been luck."""
+"""A chunk is at most this many times as large as any before it, whose pace may have been luck."""
 
 Key = tuple[str, int]
 """Request id and candidate index."""
@@ -208,7 +208,7 @@ class VerifierPool:
         except RayError as error:
             return self._died(index, worker, error)
         pace = max(seconds, 1e-6) / len(worker.items)
-        self._most = max(1, min(GROWTH * len(worker.items), int(LONGEST_CHUNK_S / pace)))
+        self._most = max(1, min(max(self._most, GROWTH * len(worker.items)), int(LONGEST_CHUNK_S / pace)))
         self._least = min(self._most, 1 + int(SHORTEST_CHUNK_S / pace))
         verdicts = [
             Verdict(item.key, judgement.reward, judgement.components, judgement.reason)

@@ -115,6 +115,7 @@ def footprint() -> dict[str, int]:
 
 def measure(kind: str, verifications: int, batch: int, actors: int) -> dict[str, Any]:
     """One kind through a fresh pool; Ray must be up."""
+    import psutil
     import ray
 
     batches = -(-verifications // batch)
@@ -137,8 +138,10 @@ def measure(kind: str, verifications: int, batch: int, actors: int) -> dict[str,
                 seconds.append(time.perf_counter() - begun)
             cpu = cpu_seconds() - cpu
             after = footprint()
+            processes = pool_processes()
         finally:
             pool.close()
+        _, left = psutil.wait_procs(processes, timeout=10)
         rewards = [verdict.reward for verdict in verdicts if verdict.reward is not None]
         exact = sum(verdict.components.get("exact_match", 0.0) for verdict in verdicts)
         return {
@@ -154,6 +157,7 @@ def measure(kind: str, verifications: int, batch: int, actors: int) -> dict[str,
             "replaced_actors": pool.replaced,
             "reward_mean": round(statistics.fmean(rewards), 4),
             "exact_match": round(exact / len(verdicts), 4),
+            "left_processes": len(left),
             "new_files": sorted(set(os.listdir(folder)) - set(files)),
             "before": before,
             "after": after,

@@ -22,7 +22,7 @@ def test_thousands_of_verifications_leave_no_process_no_file_and_no_memory() -> 
         assert line["verifications"] == 2400 and line["failures"] == 0 and line["replaced_actors"] == 0
         assert 0.1 < line["exact_match"] < 0.9 and line["per_second"] > 0
         assert before["processes"] == after["processes"] == {"json": 1, "sql": 2}[line["kind"]]
-        assert line["new_files"] == []
+        assert line["new_files"] == [] and line["left_processes"] == 0
         for name in ("open_files", "driver_open_files"):
             assert after[name] - before[name] <= SLACK_FILES, name
         for name in ("rss_bytes", "driver_rss_bytes"):
