@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -70,7 +70,8 @@ class CompareConfig(Section):
             values = getattr(self, key)
             if len(set(values)) < len(values):
                 raise ValueError(f"{key} names something twice; each cell is run once")
-        known = {"all", *self.tasks, *self.algorithms, *(f"{a}_{t}" for a in self.algorithms for t in self.tasks)}
+        tasks, algorithms = get_args(Task), get_args(Algorithm)
+        known = {"all", *tasks, *algorithms, *(f"{algorithm}_{task}" for algorithm in algorithms for task in tasks)}
         for group, overrides in self.settings.items():
             if group not in known:
                 raise ValueError(f"settings.{group} belongs to no cell; use one of {', '.join(sorted(known))}")

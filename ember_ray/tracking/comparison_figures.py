@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from ember_ray.tracking.comparison_lines import TASK_NAMES, Line, Row, Spread, lines_of
+from ember_ray.tracking.comparison_lines import NAMES, TASK_NAMES, Line, Row, Spread, lines_of
 from ember_ray.tracking.comparison_rows import QUALITY
 from ember_ray.tracking.evaluation_curves import SELECTORS, SIZES
 
@@ -30,12 +30,12 @@ COLOURS = {
 MARKERS = {"base": "v", "sft": "o", "best_of_n": "s", "dpo": "^", "grpo": "D", "sft_clean": "P"}
 DESIGN_LOOKS = {"binary": ("#56B4E9", ""), "weighted": ("#D55E00", "//"), "decomposed": ("#0072B2", "..")}
 SELECTOR_LOOKS = {
-    "valid_logprob": ("#0072B2", "o", "-"),
-    "majority": ("#D55E00", "s", "-"),
+    "valid_logprob": ("#000000", "o", "-"),
+    "majority": ("#CC79A7", "s", "-"),
     "oracle": ("#7f7f7f", "^", "--"),
 }
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
@@ -94,29 +94,24 @@ def write_figures(folder: Path, rows: Sequence[Row], tasks: Sequence[str], desig
 
 
 def learners(rows: Sequence[Row], tasks: Sequence[str], designs: Sequence[str]) -> Figure:
-    """Sampled and greedy exact match of every learner, each seed as a dot."""
+    """Sampled and greedy exact match of every learner."""
     figure, axes = _panels(1, len(tasks), height=2.7)
+    of_task = {task: lines_of(rows, task, designs) for task in tasks}
+    present = {line.algorithm for lines in of_task.values() for line in lines}
+    names = [name for name in NAMES if name in present][::-1]
     for (axis,), task in zip(axes.T, tasks, strict=True):
-        lines = lines_of(rows, task, designs)[::-1]
-        for place, line in enumerate(lines):
-            for offset, measure, filled in ((0.13, QUALITY, True), (-0.17, "exact_match_greedy", False)):
+        for line in of_task[task]:
+            for offset, measure, filled in ((0.15, QUALITY, True), (-0.15, "exact_match_greedy", False)):
                 spread = line.quality(measure)
                 if spread is None:
                     continue
-                colour = COLOURS[line.algorithm]
-                _whisker(axis, spread, place + offset, colour, across=True)
-                axis.plot(
-                    spread.mean,
-                    place + offset,
-                    MARKERS[line.algorithm],
-                    color=colour,
-                    mfc=colour if filled else "white",
-                )
-                if spread.seeds > 1:
-                    values = [row[line.part][measure] for row in line.rows]
-                    axis.plot(values, [place + offset] * len(values), "|", color=colour, ms=6, alpha=0.6)
-        axis.set_yticks(range(len(lines)), [line.name for line in lines])
-        axis.set_ylim(-0.6, len(lines) - 0.4)
+                place, colour = names.index(line.algorithm) + offset, COLOURS[line.algorithm]
+                _whisker(axis, spread, place, colour, across=True)
+                face = colour if filled else "white"
+                axis.plot(spread.mean, place, MARKERS[line.algorithm], color=colour, mfc=face, zorder=5)
+        labels = [NAMES[name] for name in names] if axis is axes[0, 0] else [""] * len(names)
+        axis.set_yticks(range(len(names)), labels)
+        axis.set_ylim(-0.6, len(names) - 0.4)
         axis.set_title(TASK_NAMES[task])
         axis.set_xlabel("exact match on held-out prompts")
         axis.grid(axis="y", visible=False)
@@ -159,8 +154,10 @@ def quality_over(rows: Sequence[Row], tasks: Sequence[str], designs: Sequence[st
         )
         for name, line in used.items()
     ]
-    handles.append(_key("line: rollouts of each round; mark: held-out prompts", "", "none"))
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(4, len(handles)))
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(6, len(handles)), columnspacing=1.4)
+    figure.supxlabel(
+        "Lines: rollouts of each round, on training prompts. Marks: held-out prompts.", fontsize=8, color="#555555"
+    )
     return figure
 
 
@@ -241,12 +238,12 @@ def _cost_axis(rows: Sequence[Row], cost: str) -> tuple[float, str]:
     if cost == "tokens":
         return 1e-3, "generated tokens learnt from (thousands)"
     if cost == "seconds":
-        return 1.0, "training time after the SFT checkpoint (s)"
+        return 1.0, "training time after SFT (s)"
     prices = sorted({f"${row['gpu_price_per_hour']:g}/h" for row in learning})
     shares = sorted({row["at_once"] for row in learning})
-    terms = f"at {', '.join(prices)} for {' or '.join('1' if s == 1 else f'1/{s}' for s in shares)} machine"
+    terms = f"{', '.join(prices)}, {' or '.join('1' if s == 1 else f'1/{s}' for s in shares)} machine"
     cents = max(row["dollars"] for row in learning) < 0.5
-    return (100.0 if cents else 1.0), f"cost of training after SFT ({'US cents' if cents else 'US dollars'}, {terms})"
+    return (100.0 if cents else 1.0), f"training cost after SFT (US {'cents' if cents else 'dollars'}; {terms})"
 
 
 def _cost(row: Row, point: Row, cost: str) -> float:

@@ -77,11 +77,12 @@ def improvement_sentences(lines: Sequence[Line]) -> list[str]:
         beyond, seeds, gain = line.count("beyond_interval"), len(line.rows), line.gain(QUALITY)
         if gain is None:
             continue
-        verb = "improved" if beyond == seeds else "improved only in part" if beyond else "**did not improve**"
+        verb = "improved" if beyond else "**did not improve**"
+        only = "" if beyond in (0, seeds) else " only"
         sentences.append(
-            f"{line.name} {verb} {start} beyond the interval: {beyond} of {_seeds(seeds)}, mean gain "
-            f"{gain.mean:+.3f} in sampled exact match ({line.count('above_start_interval')} of {_seeds(seeds)} above "
-            "the start's own interval as well)."
+            f"{line.name} {verb} {start} beyond its interval for {beyond} of {_seeds(seeds)}{only}: mean gain "
+            f"{gain.mean:+.3f} in sampled exact match; {line.count('above_start_interval')} of {_seeds(seeds)} ended "
+            "above the start's own interval."
         )
     return sentences
 
