@@ -6,52 +6,59 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ember_ray.assets import tiny_model_path
+from ember_ray.assets import TINY_MODELS, tiny_model_path
 from ember_ray.config.load import load_config
 from ember_ray.data.extraction import generate_examples
+from ember_ray.data.sql_examples import generate_sql_examples
 from ember_ray.train.pretrain import batches
-from recipes.pretrain_tiny import PretrainTinyConfig
+from recipes.pretrain_tiny import PretrainTinyConfig, new_task
 
-CONFIG = Path(__file__).resolve().parents[2] / "configs" / "pretrain_tiny.yaml"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIG, SQL_CONFIG = CONFIGS / "pretrain_tiny.yaml", CONFIGS / "pretrain_tiny_sql.yaml"
 FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+both_tasks = pytest.mark.parametrize("task", sorted(TINY_MODELS))
 
 
-def _record() -> dict:
-    return json.loads((tiny_model_path() / "training.json").read_text())
+def _record(task: str = "extract") -> dict:
+    return json.loads((tiny_model_path(task) / "training.json").read_text())
 
 
-def test_the_shipped_files_are_small_and_complete():
-    files = list(tiny_model_path().iterdir())
+@both_tasks
+def test_the_shipped_files_are_small_and_complete(task):
+    files = list(tiny_model_path(task).iterdir())
     assert {path.name for path in files} == FILES | {"training.json"}
-    assert sum(path.stat().st_size for path in files) < 8_000_000
-    assert 500_000 <= _record()["parameters"] <= 3_000_000
+    assert sum(path.stat().st_size for path in files) < 6_000_000
+    assert 500_000 <= _record(task)["parameters"] <= 3_000_000
 
 
-def test_the_shipped_model_is_what_the_shipped_configuration_makes():
-    record = _record()
-    shipped = load_config(PretrainTinyConfig, CONFIG)
+@both_tasks
+def test_the_shipped_model_is_what_the_shipped_configuration_makes(task):
+    record, path = _record(task), {"extract": CONFIG, "sql": SQL_CONFIG}[task]
+    shipped = load_config(PretrainTinyConfig, path)
     assert record["config"] == shipped.recorded()
-    assert "configs/pretrain_tiny.yaml" in record["recipe"]
-    assert shipped == PretrainTinyConfig(), "the file shows the defaults"
+    assert f"configs/{path.name}" in record["recipe"] and shipped.task == task
+    assert task == "sql" or shipped == PretrainTinyConfig(), "the file shows the defaults"
     assert record["clean"]["steps"] == -(-shipped.clean.samples // shipped.batch_size)
 
 
-def test_the_shipped_model_leaves_reinforcement_something_to_do():
-    record = _record()
+@both_tasks
+def test_the_shipped_model_leaves_reinforcement_something_to_do(task):
+    record = _record(task)
     assert record["clean"]["exact_match_greedy"] >= 0.85
     assert 0.35 <= record["mixed"]["exact_match_sampled"] <= 0.55
     assert record["mixed"]["exact_match_greedy"] >= record["mixed"]["exact_match_sampled"] + 0.2
     assert 0.4 <= record["mixed"]["faultless_share"] <= 0.6
 
 
-def test_the_shipped_model_and_tokenizer_load():
+@both_tasks
+def test_the_shipped_model_and_tokenizer_load(task):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path(), local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_path(), local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path(task), local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_path(task), local_files_only=True)
     assert type(model).__name__ == "Qwen3ForCausalLM"
-    assert model.num_parameters() == _record()["parameters"]
-    assert len(tokenizer) == model.config.vocab_size == _record()["vocabulary"]
+    assert model.num_parameters() == _record(task)["parameters"]
+    assert len(tokenizer) == model.config.vocab_size == _record(task)["vocabulary"]
     assert model.config.num_key_value_heads < model.config.num_attention_heads, "grouped-query attention"
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token == "<|endoftext|>"
     assert model.config.eos_token_id == model.generation_config.eos_token_id == tokenizer.eos_token_id
@@ -80,20 +87,31 @@ def test_easy_samples_are_short_for_the_shipped_tokenizer():
     assert max(lengths) < 140
 
 
-def test_the_recorded_greedy_accuracy_holds_here():
+def test_sql_samples_are_short_for_the_shipped_tokenizer(tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path("sql"), local_files_only=True)
+    lengths = []
+    for example in generate_sql_examples("test", 200, 0, tmp_path):
+        chat = [*example.messages, {"role": "assistant", "content": example.gold}]
+        lengths.append(len(tokenizer.apply_chat_template(chat, return_dict=False)))
+    assert 55 < sum(lengths) / len(lengths) < 100
+    assert max(lengths) < 130
+
+
+@both_tasks
+def test_the_recorded_greedy_accuracy_holds_here(task, tmp_path):
     """The first prompts of the recorded evaluation: other processors round differently, so with room."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from ember_ray.train.tiny_model import generate_texts
-    from verifiers.json_extraction import verify
 
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path(), local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_path(), local_files_only=True)
-    examples = generate_examples("validation", "easy", 64, 0)
-    texts = generate_texts(model, tokenizer, examples, 1, 0.0)
-    verdicts = [verify(text[0], e.gold, e.schema) for text, e in zip(texts, examples, strict=True)]
-    share = sum(verdict.components["exact_match"] for verdict in verdicts) / len(verdicts)
-    assert share >= _record()["mixed"]["exact_match_greedy"] - 0.1
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path(task), local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_path(task), local_files_only=True)
+    judge = new_task(PretrainTinyConfig(task=task, databases=str(tmp_path)))
+    rows = judge.rows("validation", 64)
+    matches = judge.exact_matches(rows, generate_texts(model, tokenizer, rows, 1, 0.0))
+    assert sum(right for [right] in matches) / 64 >= _record(task)["mixed"]["exact_match_greedy"] - 0.1
 
 
 def test_batches_hold_every_sample_once_with_its_like():
@@ -132,17 +150,21 @@ def test_heads_that_do_not_fit_are_refused():
 
 
 @pytest.mark.slow
-def test_a_small_run_end_to_end_is_the_same_twice(tmp_path, capsys):
+@both_tasks
+def test_a_small_run_end_to_end_is_the_same_twice(task, tmp_path, capsys):
     from ember_ray.config.cli import run_cli
     from recipes.pretrain_tiny import main
 
     small = ["tokenizer_samples=200", "clean.samples=256", "mixed.samples=64", "eval_prompts=4", "eval_samples=1",
              "model.hidden_size=32", "model.intermediate_size=64", "vocab_size=400"]  # fmt: skip
 
+    config = {"extract": CONFIG, "sql": SQL_CONFIG}[task]
+
     def run(name: str, seed: int) -> dict[str, str]:
         folder = tmp_path / "deep" / name
         status = run_cli(PretrainTinyConfig, prog="pretrain", description="", main=main,
-                         argv=["--config", str(CONFIG), f"output={folder}", f"seed={seed}", *small])  # fmt: skip
+                         argv=["--config", str(config), f"output={folder}", f"seed={seed}",
+                               f"databases={tmp_path / 'databases'}", *small])  # fmt: skip
         assert status == 0
         assert {path.name for path in folder.iterdir()} == FILES | {"training.json"}
         return {file: hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in FILES}
@@ -156,7 +178,7 @@ def test_a_small_run_end_to_end_is_the_same_twice(tmp_path, capsys):
     assert losses and "exact match on held-out prompts" in out
     record = json.loads((tmp_path / "deep" / "one" / "training.json").read_text())
     assert record["clean"]["faultless_share"] == 1.0 and 0.2 < record["mixed"]["faultless_share"] < 0.8
-    assert record["config"]["seed"] == 3 and yaml.safe_load(CONFIG.read_text())["seed"] == 0
+    assert record["config"]["seed"] == 3 and yaml.safe_load(config.read_text())["seed"] == 0
 
 
 @pytest.mark.slow
