@@ -27,3 +27,14 @@ MAX_REPORTED_PATHS = 200
 # A run of more combining marks than this is not normalized: normalization sorts a run in quadratic time. 30 is the
 # bound of Unicode's own Stream-Safe Text Format (UAX #15, section 13).
 MAX_COMBINING_RUN = 30
+# CPU seconds of all searches for patterns in one validation. The only clock here: how long a search goes on cannot be
+# counted. Ordinary patterns take microseconds, those that backtrack exponentially more than any bound.
+MAX_PATTERN_SECONDS = 0.010
+# Characters of one pattern in a schema, and its size once repetitions such as {50} are written out.
+MAX_PATTERN_SOURCE_CHARS = 2_000
+MAX_PATTERN_SIZE = 10_000
+# Patterns of one schema.
+MAX_PATTERNS = 500
+# A schema as JSON text: compiling takes up to a second for so many. Levels inside one another.
+MAX_SCHEMA_CHARS = 100_000
+MAX_SCHEMA_DEPTH = 100

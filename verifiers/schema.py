@@ -1,15 +1,17 @@
 """Validation against a JSON Schema in bounded time, and what a schema says about dates.
 
 `jsonschema` does the validation; this module compiles a schema once, fetches nothing from the network, checks the
-formats ``date`` and ``date-time``, and counts keyword checks so that no document can make a schema run for long.
+formats ``date`` and ``date-time``, and counts keyword checks so that neither a document nor a schema can make a
+validation run for long.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import marshal
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import lru_cache
-from threading import local
 from typing import Any
 
 from jsonschema import Draft202012Validator, FormatChecker, ValidationError, validators
@@ -21,19 +23,16 @@ from referencing.jsonschema import DRAFT202012
 
 from verifiers import limits
 from verifiers.normalize import is_date_time, is_full_date
+from verifiers.patterns import PatternTooSlow, check_pattern, patterns_of
+from verifiers.schema_keywords import OutOfSteps, bounded_keywords, start_counting
+from verifiers.schema_quick import NotPlain, QuickCheck
 
 _FORMATS = FormatChecker(formats=())
 _FORMATS.checks("date")(lambda value: not isinstance(value, str) or is_full_date(value))
 _FORMATS.checks("date-time")(lambda value: not isinstance(value, str) or is_date_time(value))
 
-_GOLDS_REMEMBERED = 4_096
-# An error object with its message takes about as long as three keyword checks; branches of anyOf collect many.
-_ERROR_COST = 3
-_steps = local()
-
-
-class _OutOfSteps(Exception):
-    """A validation used up `limits.MAX_SCHEMA_STEPS`."""
+_SCHEMAS_REMEMBERED = 256
+_PLACES_REMEMBERED = 4_096
 
 
 class CompiledSchema:
@@ -48,40 +47,46 @@ class CompiledSchema:
         """Raises ValueError if `schema` is no valid JSON Schema, or has a $ref that does not lead anywhere in it."""
         if not isinstance(schema.get("$schema", ""), str):
             raise ValueError(f"the JSON Schema's $schema must be a string, not {schema['$schema']!r}")
+        _check_patterns(schema)
         plain = validators.validator_for(schema, default=Draft202012Validator)
         try:
             plain.check_schema(schema)
+            _check_references(schema)
         except SchemaError as error:
             raise ValueError(f"the JSON Schema is not valid at {_where(error)}: {_short(error.message)}") from None
-        _check_references(schema)
+        except (RecursionError, OverflowError) as error:
+            raise ValueError(f"the JSON Schema cannot be checked: {_short(str(error))}") from None
         self.schema = schema
         self.has_dates = any(node.get("format") in ("date", "date-time") for node in _objects(schema))
-        counted = {name: _counted(name, check) for name, check in plain.VALIDATORS.items()}
-        self._validator = validators.extend(plain, counted)(schema, registry=SPECIFICATIONS, format_checker=_FORMATS)
-        self._golds: set[str] = set()
+        keywords = bounded_keywords(dict(plain.VALIDATORS))
+        self._validator = validators.extend(plain, keywords)(schema, registry=SPECIFICATIONS, format_checker=_FORMATS)
+        self._quick: QuickCheck | None = None
+        if plain is Draft202012Validator:
+            with suppress(NotPlain):
+                self._quick = QuickCheck(schema)
+        self._children: dict[tuple[tuple[int, ...], str | int], tuple[Any, ...]] = {}
+        self._dates: dict[tuple[int, ...], bool] = {}
 
     def fault(self, value: object) -> str | None:
         """Why `value` does not satisfy the schema, the first fault as one sentence; None if it does."""
-        _steps.left = limits.MAX_SCHEMA_STEPS
+        start_counting()
         try:
+            if self._quick is not None and self._quick.is_valid(value):
+                return None
             error = next(self._validator.iter_errors(value), None)
-        except _OutOfSteps:
+        except PatternTooSlow:
+            return "schema: not decided, because a pattern backtracks for too long"
+        except OutOfSteps:
             return f"schema: not decided within {limits.MAX_SCHEMA_STEPS} keyword checks"
         except RecursionError:
             return "schema: too deeply nested to be checked"
         return None if error is None else f"schema: {_where(error)}: {_short(error.message)}"
 
     def check_gold(self, gold: object) -> None:
-        """Raise ValueError if `gold` does not satisfy the schema. A gold seen before costs only its serialization."""
-        key = json.dumps(gold)
-        if key in self._golds:
-            return
+        """Raise ValueError if `gold` does not satisfy the schema."""
         fault = self.fault(gold)
         if fault is not None:
             raise ValueError(f"the gold answer does not satisfy its own schema ({fault}): correct the one or the other")
-        if len(self._golds) >= _GOLDS_REMEMBERED:
-            self._golds.clear()
-        self._golds.add(key)
 
     def children(self, schemas: tuple[Any, ...], key: str | int) -> tuple[Any, ...]:
         """The subschemas that apply to the member `key` of a value to which `schemas` apply.
@@ -89,6 +94,16 @@ class CompiledSchema:
         Follows properties, additionalProperties, prefixItems and items, through allOf, anyOf, oneOf and references
         inside the document (``#/...``): enough to know where dates stand, without deciding which branch holds.
         """
+        # The schemas are parts of this one and live as long as it, so their ids name them.
+        place = tuple(map(id, schemas)), key
+        known = self._children.get(place)
+        if known is None:
+            if len(self._children) >= _PLACES_REMEMBERED:
+                self._children.clear()
+            known = self._children[place] = self._find_children(schemas, key)
+        return known
+
+    def _find_children(self, schemas: tuple[Any, ...], key: str | int) -> tuple[Any, ...]:
         found: list[Any] = []
         for schema in self._expand(schemas):
             if isinstance(key, str):
@@ -101,7 +116,14 @@ class CompiledSchema:
 
     def is_date(self, schemas: tuple[Any, ...]) -> bool:
         """Whether any of the schemas that apply says ``format: date`` or ``date-time``."""
-        return any(schema.get("format") in ("date", "date-time") for schema in self._expand(schemas))
+        place = tuple(map(id, schemas))
+        known = self._dates.get(place)
+        if known is None:
+            if len(self._dates) >= _PLACES_REMEMBERED:
+                self._dates.clear()
+            known = any(schema.get("format") in ("date", "date-time") for schema in self._expand(schemas))
+            self._dates[place] = known
+        return known
 
     def _expand(self, schemas: tuple[Any, ...]) -> list[dict[str, Any]]:
         expanded: list[dict[str, Any]] = []
@@ -130,14 +152,61 @@ def compile_schema(schema: object) -> CompiledSchema:
     if not isinstance(schema, dict):
         raise ValueError(f"a JSON Schema must be a JSON object (a dict), not {type(schema).__name__}")
     try:
-        return _compile(json.dumps(schema, sort_keys=True))
+        key = marshal.dumps(schema, 2)  # faster than JSON; version 2, because later ones note which objects are shared
+    except ValueError:  # something that is not plain Python, or nested deeply
+        key = None
+    known = _compiled.get(key) if key is not None else None
+    if known is not None:
+        return known
+    try:
+        compiled = _compile(json.dumps(schema, sort_keys=True))
     except (TypeError, RecursionError) as error:
         raise ValueError(f"the JSON Schema is not JSON itself: {error}") from None
+    if key is not None:
+        if len(_compiled) >= _SCHEMAS_REMEMBERED:
+            _compiled.clear()
+        _compiled[key] = compiled
+    return compiled
 
 
-@lru_cache(maxsize=256)
+_compiled: dict[bytes, CompiledSchema] = {}
+
+
+@lru_cache(maxsize=_SCHEMAS_REMEMBERED)
 def _compile(text: str) -> CompiledSchema:
-    return CompiledSchema(json.loads(text))
+    if len(text) > limits.MAX_SCHEMA_CHARS:
+        raise ValueError(f"a JSON Schema of {len(text)} characters, more than {limits.MAX_SCHEMA_CHARS}")
+    schema = json.loads(text)
+    if _depth(schema) > limits.MAX_SCHEMA_DEPTH:
+        raise ValueError(f"a JSON Schema nested deeper than {limits.MAX_SCHEMA_DEPTH} levels")
+    return CompiledSchema(schema)
+
+
+def _depth(schema: object) -> int:
+    deepest, waiting = 0, [(schema, 1)]
+    while waiting:
+        node, depth = waiting.pop()
+        deepest = max(deepest, depth)
+        if isinstance(node, dict | list):
+            waiting.extend((member, depth + 1) for member in (node.values() if isinstance(node, dict) else node))
+    return deepest
+
+
+def _check_patterns(schema: dict[str, Any]) -> None:
+    """Raise ValueError for patterns that cannot be compiled or searched in bounded time."""
+    found = set(patterns_of(schema))
+    if len(found) > limits.MAX_PATTERNS or sum(map(len, found)) > 10 * limits.MAX_PATTERN_SOURCE_CHARS:
+        raise ValueError(
+            f"the JSON Schema has {len(found)} patterns; {limits.MAX_PATTERNS} and 20000 characters at most"
+        )
+    for pattern in found:
+        check_pattern(pattern)
+    names = {name for node in _objects(schema) for name in node}
+    if {"patternProperties", "unevaluatedProperties"} <= names:
+        raise ValueError(
+            "the JSON Schema has unevaluatedProperties beside patternProperties, which cannot be checked in bounded "
+            "time: use additionalProperties"
+        )
 
 
 def _resource(schema: Any) -> Resource[Any]:
@@ -180,66 +249,6 @@ def _objects(schema: object) -> Iterator[dict[str, Any]]:
             waiting.extend(node.values())
         elif isinstance(node, list):
             waiting.extend(node)
-
-
-def _counted(name: str, check: Callable[..., Any]) -> Callable[..., Iterator[ValidationError]]:
-    """The keyword `check` that pays before it runs; some keywords are made linear."""
-    if name == "uniqueItems":
-        check = _unique_items
-    elif name == "pattern":
-        check = _bounded_pattern(check)
-
-    def counted(validator: Any, keyword: Any, instance: Any, schema: Any) -> Iterator[ValidationError]:
-        _spend(_cost(name, instance))
-        for error in check(validator, keyword, instance, schema) or ():
-            _spend(_ERROR_COST)
-            yield error
-
-    return counted
-
-
-def _spend(steps: int) -> None:
-    _steps.left -= steps
-    if _steps.left < 0:
-        raise _OutOfSteps
-
-
-def _cost(name: str, instance: Any) -> int:
-    """Steps of one keyword on one instance: messages print it, patterns may search it in quadratic time."""
-    if isinstance(instance, str):
-        size = min(len(instance), limits.MAX_PATTERN_CHARS)
-        return 1 + len(instance) // 1_000 + (size * size // 2_000 if name == "pattern" else 0)
-    return 1 + len(instance) // 100 if isinstance(instance, dict | list) else 1
-
-
-def _bounded_pattern(check: Callable[..., Any]) -> Callable[..., Iterator[ValidationError]]:
-    def pattern(validator: Any, keyword: Any, instance: Any, schema: Any) -> Iterator[ValidationError]:
-        if isinstance(instance, str) and len(instance) > limits.MAX_PATTERN_CHARS:
-            yield ValidationError(
-                f"a string of {len(instance)} characters, and a pattern is tried on {limits.MAX_PATTERN_CHARS} at most"
-            )
-            return
-        yield from check(validator, keyword, instance, schema) or ()
-
-    return pattern
-
-
-def _unique_items(validator: Any, unique: Any, instance: Any, schema: Any) -> Iterator[ValidationError]:
-    """`uniqueItems` in linear time; jsonschema compares objects pair by pair."""
-    if unique and isinstance(instance, list) and len({_identity(item) for item in instance}) < len(instance):
-        yield ValidationError("the items of an array are not unique")
-
-
-def _identity(value: Any) -> Any:
-    """A hashable stand-in, equal for two values if JSON Schema calls them equal (1 and 1.0 are, 1 and true not)."""
-    if isinstance(value, dict):
-        return "object", frozenset((key, _identity(member)) for key, member in value.items())
-    if isinstance(value, list):
-        return "array", tuple(_identity(item) for item in value)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return type(value).__name__, value
-    # As text, because the hashes of integers are easy to make collide.
-    return "number", str(int(value)) if value == int(value) else repr(value)
 
 
 def _where(error: ValidationError | SchemaError) -> str:
