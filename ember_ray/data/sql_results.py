@@ -47,10 +47,7 @@ class Databases:
     def differs(self, query: str, gold_query: str, gold_results: list[Result]) -> bool:
         """Whether an instance tells the query from the gold one, whatever the order of its columns."""
         ordered = is_ordered(gold_query)
-        return any(
-            not _same(self.run(instance, query), gold, ordered)
-            for instance, gold in enumerate(gold_results)
-        )
+        return any(not _same(self.run(instance, query), gold, ordered) for instance, gold in enumerate(gold_results))
 
     def columns(self) -> dict[str, list[tuple[str, str]]]:
         """Table name to its columns, (name, type)."""
