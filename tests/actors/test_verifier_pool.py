@@ -127,9 +127,10 @@ class TestPool:
 
     def test_a_process_that_dies_once_costs_nothing(self, make_pool, tmp_path) -> None:
         pool = make_pool(actors=1)
-        pool.submit(items(["good", f"die once {tmp_path / 'flag'}", "good"]))
-        assert [verdict.reward for verdict in collect(pool, 3).values()] == [1.0] * 3
-        assert pool.replaced == 1
+        for wishes in (["good", f"die once {tmp_path / 'among others'}", "good"], [f"die once {tmp_path / 'alone'}"]):
+            pool.submit(items(wishes))
+            assert [verdict.reward for verdict in collect(pool, len(wishes)).values()] == [1.0] * len(wishes)
+        assert pool.replaced == 2
 
     def test_a_verifier_killed_from_outside_is_replaced(self, make_pool) -> None:
         import ray
