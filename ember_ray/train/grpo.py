@@ -24,6 +24,7 @@ The reference of the KL term is the policy that the run started from: the base m
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,13 +59,14 @@ class GrpoLearner(AdapterLearner):
         from datasets import Dataset
         from trl import GRPOConfig
 
-        from ember_ray.train.grpo_trainer import RolloutGRPOTrainer, no_advice
+        from ember_ray.train.grpo_trainer import RolloutGRPOTrainer
 
         options = self.options
         if self.lora.lora_dropout:
             raise LearnerError(f"GRPO needs lora_dropout 0, not {self.lora.lora_dropout}: the rollout has no dropout")
         arguments = parts.arguments | {"steps_per_generation": 2 * options.gradient_accumulation_steps}
-        with no_advice():
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="You are using 'rollout_func'", category=UserWarning)
             return RolloutGRPOTrainer(
                 model=parts.model,
                 peft_config=parts.peft_config,
@@ -97,13 +99,6 @@ class GrpoLearner(AdapterLearner):
                 accumulation=options.gradient_accumulation_steps,
                 mask_truncated=options.mask_truncated_completions,
             )
-
-    def learn(self, batch: Sequence[ScoredGroup]) -> dict[str, float]:
-        """One round, see `AdapterLearner.learn`."""
-        from ember_ray.train.grpo_trainer import no_advice
-
-        with no_advice():
-            return super().learn(batch)
 
     def _round_rows(self, batch: Sequence[ScoredGroup]) -> RoundRows:
         options = self.options

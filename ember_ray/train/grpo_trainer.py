@@ -17,8 +17,6 @@ further column, rewards. Five things are not as TRL has them, each in a method o
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -167,17 +165,3 @@ def recorded_rewards(recorded_reward: list[float | None], **columns: Any) -> lis
 
 def _as_they_are(inputs: Any) -> Any:
     return inputs
-
-
-@contextmanager
-def no_advice() -> Iterator[None]:
-    """Keeps back TRL's warnings of what is done here on purpose: the hook, rows without a reward."""
-    logger = logging.getLogger("trl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="You are using 'rollout_func'", category=UserWarning)
-            yield
-    finally:
-        logger.setLevel(level)
