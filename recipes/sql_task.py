@@ -19,13 +19,13 @@ from verifiers.sql import check_gold
 from verifiers.sql_rewards import SqlRewardDesign
 
 PRETRAINING_MIX = SqlDemonstrationMix(
-    wrong_column=0.18,
+    wrong_column=0.17,
     missing_filter=0.15,
     wrong_operator=0.15,
     wrong_aggregate=0.15,
     missing_order=0.18,
     broken_syntax=0.12,
-    chatter=0.14,
+    chatter=0.13,
 )
 """Faults of the demonstrations that the shipped model was pretrained on (see configs/pretrain_tiny_sql.yaml)."""
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
+from ember_ray.assets import tiny_model_path
 from ember_ray.config.learning import DpoSection
 from ember_ray.config.schema import DpoExtractConfig
 from ember_ray.config.sections import RolloutSection
 from ember_ray.train.options import DpoOptions
+from recipes import extract_task, sql_task
 from recipes.learners import DPO
 
 
@@ -28,3 +33,12 @@ def test_steps_are_counted_over_the_whole_run() -> None:
     assert isinstance(options, DpoOptions)
     assert (options.planned_steps, options.seed, options.lr_scheduler_type) == (24, 7, "cosine")
     assert options.loss_type == ("sigmoid", "sft")
+
+
+def test_demonstrations_with_all_faults_are_those_of_the_shipped_models() -> None:
+    for task, key, mix in (
+        ("extract", "mix", extract_task.PRETRAINING_MIX),
+        ("sql", "sql_mix", sql_task.PRETRAINING_MIX),
+    ):
+        config = json.loads((tiny_model_path(task) / "training.json").read_text())["config"]
+        assert config[key] == dataclasses.asdict(mix)
