@@ -91,7 +91,12 @@ class Table:
 
 
 class Meter:
-    """What a query has left of its limits, over all instances."""
+    """What a query has left of its limits, over all instances.
+
+    Attributes:
+        stopped: why the query was stopped, None if it was not.
+        by_clock: it was the clock that stopped it.
+    """
 
     def __init__(self, time_s: float, max_steps: int, max_rows: int) -> None:
         self.deadline = time.monotonic() + time_s
@@ -99,6 +104,7 @@ class Meter:
         self.max_rows = max_rows
         self.max_steps, self.time_s = max_steps, time_s
         self.stopped: str | None = None
+        self.by_clock = False
 
     def tick(self) -> int:
         """SQLite's progress handler: not 0 stops the query."""
@@ -106,7 +112,7 @@ class Meter:
         if self.calls_left < 0:
             self.stopped = f"the query takes more than {self.max_steps} steps"
         elif time.monotonic() > self.deadline:
-            self.stopped = f"the query takes longer than {self.time_s:g} s"
+            self.stopped, self.by_clock = f"the query takes longer than {self.time_s:g} s", True
         return self.stopped is not None
 
 

@@ -103,4 +103,18 @@ MUTANTS = [
         new="logits = head(states).float() / 1.01",
         tests=("tests/train/test_mismatch.py", "-k", "agree"),
     ),
+    Mutant(
+        name="sql-row-order",  # where the gold query asks for an order, any order of rows passes
+        module="verifiers.sql_compare",
+        old="[0] * len(rows) if gold.blocks is None else gold.blocks",
+        new="[0] * len(rows)",
+        tests=("tests/verifiers/test_sql_compare.py",),
+    ),
+    Mutant(
+        name="pattern-time",  # the searches of one validation have the whole time each
+        module="verifiers.patterns",
+        old="_spent.left -= time.process_time() - began",
+        new="pass",
+        tests=("tests/verifiers/test_hostile_schemas.py", "-k", "each_of_many"),
+    ),
 ]

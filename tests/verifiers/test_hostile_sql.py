@@ -10,7 +10,7 @@ import pytest
 
 from verifiers.sql import SqlItem, SqlLimits, verify, verify_batch
 
-LIMITS = SqlLimits(time_s=1.0, max_steps=3_000_000, max_rows=1_000)
+LIMITS = SqlLimits(time_s=2.0, max_steps=3_000_000, max_rows=1_000)
 GOLD = "SELECT name FROM staff WHERE pay > 20 ORDER BY id"
 FOREVER = "WITH RECURSIVE r(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM r)"
 DOUBLING = "WITH RECURSIVE r(i, s) AS (SELECT 1, 'bomb' UNION ALL SELECT i + 1, {} FROM r WHERE i < 60)"

@@ -130,12 +130,12 @@ TEXTS = {
 }
 
 
-def test_the_table_reads_up_to_the_cap():
+def test_the_hostile_table_reads_up_to_the_cap():
     assert max(len(text) for text in TEXTS.values() if len(text) <= CAP) == CAP
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_a_verdict_with_a_reason_within_50_ms(name):
+def test_a_hostile_text_gets_a_verdict_with_a_reason_within_50_ms(name):
     text = TEXTS[name]
     verify("{}", GOLD, SCHEMA, DESIGN)  # compiles the schema
     seconds = []

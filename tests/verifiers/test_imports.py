@@ -8,8 +8,9 @@ PROBE = """
 import sys
 from verifiers.json_extraction import verify
 from verifiers.judge import Judge
+import verifiers.sql
 assert verify('{"a": 1}', {"a": 1}).reward == 1.0
-heavy = {"torch", "ray", "transformers", "trl", "numpy", "ember_ray", "actors", "recipes", "cuda_ext"}
+heavy = {"sqlglot", "torch", "ray", "transformers", "trl", "numpy", "ember_ray", "actors", "recipes", "cuda_ext"}
 print(sorted(heavy & {name.partition(".")[0] for name in sys.modules}))
 """
 

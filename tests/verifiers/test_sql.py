@@ -150,6 +150,17 @@ def test_a_gold_at_fault(gold, reason, databases):
             verify(text, gold, databases, limits=limits)
 
 
+def test_a_gold_that_takes_too_long_is_a_fault_of_the_data(databases):
+    hangs = "SELECT instr(printf('%.*c', 900000, 'a'), substr(printf('%.*c', 900000, 'a'), 1, 400000) || 'b')"
+    endless = "WITH RECURSIVE r(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM r) SELECT COUNT(*) FROM r"
+    for gold in (hangs, endless):
+        verdict = verify_batch([SqlItem(GOLD, gold, databases)], limits=SqlLimits(time_s=0.3, max_steps=10**15))[0]
+        assert verdict.reward is None and "longer than 0.3 s" in verdict.reason
+    # A busy machine is no reason to give up a gold for good.
+    assert "longer" in verify_batch([SqlItem(GOLD, endless, databases)], limits=SqlLimits(0.1, 10**15))[0].reason
+    assert "steps" in verify_batch([SqlItem(GOLD, endless, databases)], limits=SqlLimits(max_steps=10**5))[0].reason
+
+
 def test_databases_at_fault(databases, tmp_path):
     (tmp_path / "text.db").write_text("not a database " * 100)
     for bad, reason in [
