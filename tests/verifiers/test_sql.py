@@ -89,6 +89,11 @@ def test_graded_answers(text, components, reason, databases):
             "SELECT name, pay FROM staff UNION SELECT 'Zoe', 3.5 ORDER BY pay, name DESC",
             True,
         ),
+        (
+            "SELECT name, pay FROM staff UNION SELECT 'Zoe', 3.5 ORDER BY 2",
+            "SELECT name, pay FROM staff UNION SELECT 'Zoe', 3.5 ORDER BY pay, name DESC",
+            True,
+        ),
         ("SELECT DISTINCT pay, id FROM staff ORDER BY pay", "SELECT pay, id FROM staff ORDER BY 1, 2 DESC", True),
         # A sort key that is not among the columns of a DISTINCT cannot be asked for: as the rows stand.
         ("SELECT DISTINCT name FROM staff ORDER BY pay", "SELECT name FROM staff ORDER BY pay, id DESC", False),
