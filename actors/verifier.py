@@ -17,7 +17,8 @@ from verifiers.judge import Batch, Judge, Judgement, TrainerState
 
 LONGEST_CHUNK_S, SHORTEST_CHUNK_S = 0.25, 0.01
 """How long the chunks last that actors are given. A hang costs its whole chunk a second look, so they are not long;
-a message takes about a millisecond, so they are not short either."""
+a message takes about a millisecond, so they are not short either. But a function that waits for a server takes as long
+for one item as for many: chunks may always last twice as long as the quickest has, up to half the limit."""
 
 GROWTH = 4
 """A chunk is at most this many times as large as any before it, whose pace may have been luck."""
@@ -118,6 +119,7 @@ class VerifierPool:
         self._suspects: set[Key] = set()
         self._deadly: set[Key] = set()
         self._least = self._most = 1
+        self._quickest = limit_s
         self._failed_starts = 0
         self.replaced = 0
         self._workers = [self._make(index) for index in range(max(1, settings.actors))]
@@ -207,8 +209,10 @@ class VerifierPool:
             judgements, seconds = ray.get(worker.judging, timeout=self._limit_s)
         except RayError as error:
             return self._died(index, worker, error)
+        self._quickest = min(self._quickest, seconds)
+        longest = max(LONGEST_CHUNK_S, min(2 * self._quickest, self._limit_s / 2))
         pace = max(seconds, 1e-6) / len(worker.items)
-        self._most = max(1, min(max(self._most, GROWTH * len(worker.items)), int(LONGEST_CHUNK_S / pace)))
+        self._most = max(1, min(max(self._most, GROWTH * len(worker.items)), int(longest / pace)))
         self._least = min(self._most, 1 + int(SHORTEST_CHUNK_S / pace))
         verdicts = [
             Verdict(item.key, judgement.reward, judgement.components, judgement.reason)

@@ -43,3 +43,10 @@ async def length(completions, completion_ids, trainer_state, log_metric, **kwarg
     """A user's function in TRL's manner; an answer of no token is none of its business."""
     log_metric("step", trainer_state.global_step)
     return [len(ids) / 10 if ids else None for ids in completion_ids]
+
+
+def waiting(completions, log_metric, **kwargs) -> list[float]:
+    """Takes as long for one as for many, as what asks a server does."""
+    time.sleep(0.3)
+    log_metric("batch", len(completions))
+    return [1.0] * len(completions)

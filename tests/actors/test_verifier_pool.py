@@ -93,6 +93,12 @@ class TestPool:
         assert found[0].reward == 1.0 and "length" not in found[0].components
         assert found[2].reward is None and "no such field" in found[2].reason
 
+    def test_a_function_that_waits_gets_ever_more_at_once(self, make_pool) -> None:
+        pool = make_pool("odd_verifier:waiting", actors=1)
+        pool.submit(items(["good"] * 64))
+        batches = {verdict.components["batch"] for verdict in collect(pool, 64).values()}
+        assert 1.0 in batches and max(batches) >= 8.0
+
     def test_failures_cost_one_candidate_each(self, make_pool) -> None:
         pool = make_pool()
         pool.submit(items(["good", "fail", "good", "nan", "inf", "good"]))
