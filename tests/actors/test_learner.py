@@ -6,7 +6,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-LIMIT = 120
+LIMIT = 300
 
 
 @pytest.fixture(scope="module")
