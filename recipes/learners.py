@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ember_ray.config.errors import UserError
 from ember_ray.config.schema import LearnConfig
 from ember_ray.data.example import Example
 from ember_ray.train.grpo_options import GrpoOptions
@@ -75,9 +76,12 @@ class Demonstrations(Algorithm):
     """Learning from answers that the rows bring; generated rows get answers of mixed quality."""
 
     def prepare(self, config: LearnConfig, examples: Sequence[Example]) -> list[Example]:
-        if config.data.train is None:
-            return task_of(config).demonstrate(examples, config.sft.faults, config.seed)  # type: ignore[attr-defined]
-        return list(examples)
+        faults = config.sft.faults  # type: ignore[attr-defined]
+        for example in examples:
+            if example.completion is None and example.gold is None:
+                raise UserError(f"training row '{example.id}' has neither 'completion' nor 'gold' to learn from")
+        # rows that bring their own answer keep it; the others of a user's are learnt with their gold
+        return task_of(config).demonstrate(examples, faults if config.data.train is None else 0.0, config.seed)
 
 
 def _candidates(config: Any) -> int:

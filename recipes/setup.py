@@ -111,7 +111,7 @@ def load_rows(config: LearnConfig, algorithm: Algorithm) -> tuple[list[PromptRow
             train = task_of(config).generate(config, "train", data.train_examples)
         held_out = held_out_examples(config)
     elif data.eval is not None:
-        train = load_dataset_rows(data.train, judged if algorithm.rolls_out else "sft")  # type: ignore[arg-type]
+        train = load_dataset_rows(data.train, judged if algorithm.rolls_out else None)  # type: ignore[arg-type]
         held_out = held_out_examples(config)
     else:
         rows = load_dataset_rows(data.train, judged)  # type: ignore[arg-type]

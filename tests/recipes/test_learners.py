@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import pytest
+
 from ember_ray.assets import tiny_model_path
+from ember_ray.config.errors import UserError
 from ember_ray.config.learning import DpoSection
-from ember_ray.config.schema import DpoExtractConfig
+from ember_ray.config.schema import DpoExtractConfig, SftExtractConfig
 from ember_ray.config.sections import RolloutSection
+from ember_ray.data.example import Example
 from ember_ray.train.options import DpoOptions
 from recipes import extract_task, sql_task
-from recipes.learners import DPO
+from recipes.learners import DPO, SFT
 
 
 def test_steps_are_counted_over_the_whole_run() -> None:
@@ -42,3 +46,12 @@ def test_demonstrations_with_all_faults_are_those_of_the_shipped_models() -> Non
     ):
         config = json.loads((tiny_model_path(task) / "training.json").read_text())["config"]
         assert config[key] == dataclasses.asdict(mix)
+
+
+def test_own_rows_teach_their_own_answer_or_their_gold() -> None:
+    config = SftExtractConfig.model_validate({"data": {"train": "mine.jsonl"}})
+    turn = [{"role": "user", "content": "Extract a as JSON.\n\na is 1."}]
+    own, gold = Example("own", turn, gold={"a": 1}, completion="a: 1"), Example("gold", turn, gold={"a": 1})
+    assert [row.completion for row in SFT.prepare(config, [own, gold])] == ["a: 1", '{"a": 1}']
+    with pytest.raises(UserError, match="row 'none' has neither"):
+        SFT.prepare(config, [Example("none", turn)])
