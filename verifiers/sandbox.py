@@ -106,12 +106,8 @@ class Sandbox:
             self._kill()
 
     def _started(self) -> subprocess.Popen[bytes]:
-        if self._process is not None and self._owner != os.getpid():
-            # After a fork the process is the parent's: its pipes are not ours to use.
-            if self._finalizer is not None:
-                self._finalizer.detach()
-            self._process = None
-        if self._process is not None and self._process.poll() is None:
+        # After a fork the process is the parent's: its pipes are not ours to use, nor its life ours to end.
+        if self._process is not None and self._owner == os.getpid() and self._process.poll() is None:
             return self._process
         self._kill()
         ours = str(Path(__file__).resolve().parents[1])

@@ -19,6 +19,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 GOLD = "SELECT name, id FROM staff ORDER BY id"
 HANGS = "SELECT instr(printf('%.*c', 900000, 'a'), substr(printf('%.*c', 900000, 'a'), 1, 400000) || 'b')"
 
+ENDLESS = "WITH RECURSIVE r(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM r) SELECT COUNT(*) FROM r"
+
 
 @pytest.fixture
 def database(tmp_path):
@@ -99,7 +101,7 @@ def test_the_process_ends_with_a_killed_parent_even_at_work(database):
         request = {request(database, GOLD)!r}
         sandbox.run([request], 60)
         print(sandbox.pid, flush=True)
-        sandbox.run([{{**request, "query": {HANGS!r}}}], 60)
+        sandbox.run([{{**request, "query": {ENDLESS!r}}}], 60)
     """
     parent = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, cwd=REPOSITORY, text=True
@@ -114,7 +116,7 @@ def test_the_process_ends_with_a_killed_parent_even_at_work(database):
         parent.wait()
         parent.stdout.close()
     # Reaped by whoever adopts it; a zombie has ended too.
-    deadline = time.monotonic() + 20.0
+    deadline = time.monotonic() + 20.0  # the query would go on for 30 s
     while psutil.pid_exists(child.pid) and child.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not psutil.pid_exists(child.pid) or child.status() == psutil.STATUS_ZOMBIE
@@ -133,6 +135,25 @@ def test_a_forked_process_starts_its_own(sandbox, database):
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert sandbox.run([request(database, GOLD)], 30.0) == [first] and sandbox.pid == pid
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from /proc")
+@pytest.mark.parametrize("rest", ["ORDER BY t", "LIMIT 90"])  # in SQLite's hands, in ours
+def test_hostile_results_take_little_memory(sandbox, database, rest):
+    query = ENDLESS.replace("SELECT COUNT(*) FROM r", f"SELECT printf('%.*c', 900000, 'a') || i AS t FROM r {rest}")
+    [reply] = sandbox.run([request(database, query)], 60.0)
+    assert reply["execute"] == 0.0 and ("memory" in reply["reason"] or "characters" in reply["reason"])
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{sandbox.pid}/status").read_text().splitlines())
+    assert int(status["VmHWM"].split()[0]) < 450 * 1024
+
+
+def test_a_write_ahead_log_is_neither_made_nor_read(sandbox, database):
+    connection = sqlite3.connect(database)
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.close()
+    [reply] = sandbox.run([request(database, GOLD)], 30.0)
+    assert reply["exact_match"] == 1.0
+    assert os.listdir(database.parent) == [database.name]
 
 
 @pytest.mark.slow

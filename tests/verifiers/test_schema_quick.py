@@ -64,6 +64,33 @@ def test_the_quick_check_and_the_full_validation_agree(schema, value):
     assert quick or not full or ".0" in json.dumps(value) or "e+" in json.dumps(value)
 
 
+@pytest.mark.parametrize(
+    ("schema", "valid", "invalid"),
+    [
+        ({"type": "integer"}, 1, True),
+        ({"type": ["string", "null"]}, None, 1),
+        ({"properties": {"a": {"type": "string"}}}, {"a": "x", "b": 1}, {"a": 1}),
+        ({"required": ["a"]}, {"a": 1}, {"b": 1}),
+        ({"properties": {"a": {}}, "additionalProperties": False}, {"a": 1}, {"a": 1, "b": 2}),
+        ({"additionalProperties": {"type": "null"}}, {"a": None}, {"a": 1}),
+        ({"items": {"type": "null"}}, [None], [None, 1]),
+        ({"minItems": 1, "maxItems": 2}, [1], [1, 2, 3]),
+        ({"minLength": 1}, "a", ""),
+        ({"maxLength": 1}, "a", "ab"),
+        ({"minimum": 1, "maximum": 2}, 2, 2.5),
+        ({"pattern": "^a"}, "ab", "ba"),
+        ({"enum": ["a", None]}, None, "b"),
+        ({"format": "date"}, "2025-03-03", "2025-02-30"),
+        ({"format": "date-time"}, "2025-03-03T10:00:00Z", "2025-03-03"),
+    ],
+)
+def test_each_keyword(schema, valid, invalid):
+    compiled = CompiledSchema(schema)
+    start_counting()
+    assert compiled._quick.is_valid(valid) and not compiled._quick.is_valid(invalid)
+    assert compiled.fault(valid) is None and compiled.fault(invalid) is not None
+
+
 @pytest.mark.parametrize("size", range(700, 800, 7))
 def test_the_bound_on_steps_is_the_same(size):
     # Four keyword checks an item and a few above: the bound falls between the sizes.
