@@ -107,7 +107,8 @@ def _facts(rows: Sequence[Row], config: CompareConfig) -> str:
     facts = [
         f"- {len(rows)} cells: {', '.join(NAMES[name] for name in ('base', *config.algorithms))}; "
         f"seeds {', '.join(map(str, config.seeds))}; reward {', '.join(config.designs)}",
-        f"- machine: {'; '.join(machines) or 'none'}; {config.at_once} cells at a time, {config.threads} threads each",
+        f"- machine: {'; '.join(machines) or 'none'}; {config.at_once} cells at a time with OMP_NUM_THREADS="
+        f"{config.threads}; {sum(row['wall_seconds'] for row in rows):,.0f} s of wall time over all cells",
         f"- price: {config.gpu_price_per_hour:g} dollars an hour of the machine; a cell pays for its share of the "
         "seconds in which it trains, evaluations not counted",
         f"- commit {', '.join(commits) or 'unknown'}; {'; '.join(versions)}",
@@ -132,7 +133,8 @@ def _inference(rows: Sequence[Row], config: CompareConfig, figures: Sequence[str
 
 
 def _budgets(rows: Sequence[Row], config: CompareConfig) -> str:
-    shares = [row["generated_tokens"] / row["token_budget"] - 1 for row in rows if row["token_budget"]]
+    # + 0.0 makes a 0 of -0.0
+    shares = [round(r["generated_tokens"] / r["token_budget"] - 1, 3) + 0.0 for r in rows if r["token_budget"]]
     if not shares:
         return "No cell that learns from candidates is finished."
     return (

@@ -7,6 +7,7 @@ differ as well. Whiskers reach from the least to the greatest seed, or over the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -135,7 +136,9 @@ def quality_over(rows: Sequence[Row], tasks: Sequence[str], designs: Sequence[st
                 if line.algorithm in ("base", "sft_clean"):
                     _level(axis, line)
                 elif line.design is not None:
-                    _path(axis, line, lambda row, point: scale * _cost(row, point, cost))
+                    # ends of one budget lie on each other: set them apart a little
+                    apart = 0.013 * (list(COLOURS).index(line.algorithm) - 3) if cost == "tokens" else 0.0
+                    _path(axis, line, lambda row, point: scale * _cost(row, point, cost), apart)
                 else:
                     spread = line.quality(QUALITY)
                     if spread is not None:
@@ -156,7 +159,9 @@ def quality_over(rows: Sequence[Row], tasks: Sequence[str], designs: Sequence[st
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(6, len(handles)), columnspacing=1.4)
     figure.supxlabel(
-        "Lines: rollouts of each round, on training prompts. Marks: held-out prompts.", fontsize=8, color="#555555"
+        "Lines: rollouts of each whole round, on training prompts. Marks: held-out prompts, before and after.",
+        fontsize=8,
+        color="#555555",
     )
     return figure
 
@@ -254,19 +259,18 @@ def _cost(row: Row, point: Row, cost: str) -> float:
     return float(row["dollars"] * point["seconds"] / row["training_seconds"]) if row["training_seconds"] else 0.0
 
 
-def _path(axis: Axes, line: Line, cost: Callable[[Row, Row], float]) -> None:
+def _path(axis: Axes, line: Line, cost: Callable[[Row, Row], float], apart: float) -> None:
     """A learner's rollouts round by round, from the checkpoint on, then its held-out quality at the end.
 
-    Candidates of a round come from the policy that the rounds before it made, so they stand at what those cost.
+    Candidates of a round come from the policy that the rounds before it made, so they stand at what those cost. A
+    round that the budget cut short says little and is left out.
+
+    Args:
+        apart: by which share of the cost the end is moved aside.
     """
     colour = COLOURS[line.algorithm]
-    paths = []
-    for row in line.rows:
-        costs = [0.0, *(cost(row, point) for point in row["curve"])]
-        paths.append([(x, p["exact_match"]) for x, p in zip(costs, row["curve"], strict=False)])
-    rounds = min(map(len, paths), default=0)
-    steps = [[path[index] for path in paths if path[index][1] is not None] for index in range(rounds)]
-    steps = [step for step in steps if step]
+    paths = [whole_rounds(row, cost) for row in line.rows]
+    steps = [[path[index] for path in paths] for index in range(min(map(len, paths), default=0))]
     xs = [fmean(x for x, _ in step) for step in steps]
     axis.plot(xs, [fmean(y for _, y in step) for step in steps], color=colour, alpha=0.85)
     if len(paths) > 1:
@@ -275,8 +279,21 @@ def _path(axis: Axes, line: Line, cost: Callable[[Row, Row], float]) -> None:
     spread = line.quality(QUALITY)
     ends = [cost(row, row["curve"][-1]) for row in line.rows if row["curve"]]
     if spread is not None and ends:
-        _whisker(axis, spread, fmean(ends), colour)
-        axis.plot(fmean(ends), spread.mean, MARKERS[line.algorithm], color=colour, zorder=4)
+        end = fmean(ends) * (1 + apart)
+        _whisker(axis, spread, end, colour)
+        axis.plot(end, spread.mean, MARKERS[line.algorithm], color=colour, zorder=5)
+
+
+def whole_rounds(row: Row, cost: Callable[[Row, Row], float]) -> list[tuple[float, float]]:
+    """(cost so far, exact match) of the rounds that have at least half as many tokens as the largest."""
+    totals = [0, *(point["generated_tokens"] for point in row["curve"])]
+    tokens = [after - before for before, after in pairwise(totals)]
+    costs = [0.0, *(cost(row, point) for point in row["curve"])]
+    return [
+        (x, point["exact_match"])
+        for x, point, own in zip(costs, row["curve"], tokens, strict=False)
+        if point["exact_match"] is not None and 2 * own >= max(tokens)
+    ]
 
 
 def _level(axis: Axes, line: Line) -> None:

@@ -16,6 +16,7 @@ from ember_ray.config.errors import UserError
 from ember_ray.evaluation.cost import gpu_dollars
 from ember_ray.tracking.comparison import report_text, write_comparison
 from ember_ray.tracking.comparison_cells import Cell, plan_cells
+from ember_ray.tracking.comparison_figures import whole_rounds
 from ember_ray.tracking.comparison_lines import Line, lines_of
 from ember_ray.tracking.comparison_rows import cell_row, find_run, read_groups
 from ember_ray.tracking.comparison_tables import cells_csv, in_words, summary_csv
@@ -193,6 +194,13 @@ def test_the_report_says_who_improved_at_what_budget_and_what_is_missing(rows: l
     assert "nan" not in text.lower().split()
     whole = report_text(rows, CONFIG, {}, [])
     assert whole.rstrip().endswith("None.")
+
+
+def test_a_curve_stands_at_what_its_policy_has_cost_and_leaves_rounds_cut_short_out() -> None:
+    tokens, exact = (100, 190, 230, 330), (0.1, None, 0.9, 0.3)
+    curve = [{"generated_tokens": total, "exact_match": value} for total, value in zip(tokens, exact, strict=True)]
+    found = whole_rounds({"curve": curve}, lambda row, point: point["generated_tokens"] / 10)
+    assert found == [(0.0, 0.1), (23.0, 0.3)]
 
 
 @pytest.mark.slow
