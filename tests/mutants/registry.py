@@ -104,6 +104,20 @@ MUTANTS = [
         tests=("tests/train/test_mismatch.py", "-k", "agree"),
     ),
     Mutant(
+        name="grpo-old-policy",  # the old policy is the trainer's own, not the one that drew the candidates
+        module="ember_ray.train.grpo_trainer",
+        old='output["old_per_token_logps"] = output["sampling_per_token_logps"]',
+        new='output.pop("old_per_token_logps", None)',
+        tests=("tests/train/test_grpo.py", "-k", "papers and dapo"),
+    ),
+    Mutant(
+        name="grpo-empty-rows",  # rows that fill a batch up count in the mean over rows
+        module="ember_ray.train.grpo_trainer",
+        old="self.row_scale = len(chosen) / len(real)",
+        new="self.row_scale = 1.0",
+        tests=("tests/train/test_grpo.py", "-k", "papers and dr_grpo"),
+    ),
+    Mutant(
         name="sql-row-order",  # where the gold query asks for an order, any order of rows passes
         module="verifiers.sql_compare",
         old="[0] * len(rows) if gold.blocks is None else gold.blocks",
