@@ -81,6 +81,7 @@ class Run:
         self.rounds_done = 0
         self.before: Evaluation | None = None
         self.after: Evaluation | None = None
+        self.mismatch: dict[str, dict[str, float]] = {}
         self._round_began = 0.0
         self._seconds: dict[str, float] = {}
         self._learnt_from: Any = None
@@ -298,8 +299,14 @@ class Run:
         sampled = session.start_rollout(self.held_out, samples, params, EVALUATION, name).result().groups
         greedy = session.start_rollout(self.held_out, 1, greedy_params, EVALUATION, f"{name}, greedy").result().groups
         self.folder.write_eval("before" if when == "before" else "after", sampled, greedy)
+        if when == "before" or config.rollout.publish:  # else the engine has another policy than the learner
+            self.mismatch[when] = self._measure_mismatch(sampled)
         self._round_began = time.monotonic()
         return sampled, greedy
+
+    def _measure_mismatch(self, groups: list[ScoredGroup]) -> dict[str, float]:
+        limit = getattr(self.config, self.algorithm.section).mismatch_candidates
+        return self.session.call("comparing", self.learner.mismatch.remote(groups, limit))
 
     def finish(self, status: str) -> None:
         """Summary, tracker and report, of whatever there is."""
@@ -318,6 +325,7 @@ class Run:
             policy_version=self.session.policy_version,
             algorithm=self.algorithm.name,
             task=self.config.task,
+            mismatch=self.mismatch,
         )
         self.folder.write_summary(summary)
         for when in ("before", "after"):

@@ -49,10 +49,11 @@ def test_a_short_run_improves_its_starting_checkpoint(algorithm: str, task: str,
     assert summary["gain"]["exact_match_sampled_interval"][0] > 0, summary["gain"]
     metrics = rows(folder / "metrics.jsonl")
     assert [row["policy_version"] for row in metrics] == list(range(1, len(metrics) + 1))
-    if algorithm != "sft":
-        for row in metrics:
-            assert row["mismatch/tokens"] > 0 and row["mismatch/max"] < 1e-4, "engine and learner must agree (float32)"
-            assert row["mismatch/outside"] == 0.0
+    measured = [*summary["mismatch"].values(), *(metrics if algorithm != "sft" else ())]
+    assert len(summary["mismatch"]) == 2
+    for row in measured:
+        assert row["mismatch/tokens"] > 0 and row["mismatch/max"] < 1e-4, "engine and learner must agree (float32)"
+        assert row["mismatch/outside"] == 0.0
     assert (folder / "adapter" / "adapter_config.json").is_file() and (folder / "report.html").is_file()
 
 
