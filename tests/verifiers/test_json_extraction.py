@@ -209,3 +209,21 @@ def test_decomposed_reward_rises_with_every_right_field(gold, data):
         rewards.append(verify(json.dumps(value), gold, design=RewardDesign("decomposed")).reward)
     assert rewards == sorted(rewards) and len(set(rewards)) == len(rewards)
     assert (rewards[-1] == 1.0) == (invented == 0)
+
+
+def test_a_gold_is_checked_against_every_schema_and_as_it_is_now():
+    gold = {"a": [1, 2]}
+    assert verify("{}", gold, {"type": "object"}).reward < 1.0
+    for schema in ({"type": "array"}, {"properties": {"a": {"maxItems": 1}}}):
+        with pytest.raises(ValueError, match="its own schema"):
+            verify("{}", gold, schema)
+    schema = {"properties": {"a": {"maxItems": 2}}}
+    check_gold(gold, schema)
+    gold["a"].append(3)
+    with pytest.raises(ValueError, match="its own schema"):
+        check_gold(gold, schema)
+    schema["properties"]["a"]["maxItems"] = 3
+    check_gold(gold, schema)
+    for other in ({"a": (1, 2)}, {"a": [1, 2], 1: 2}):
+        with pytest.raises(ValueError, match="not JSON|keys must be strings"):
+            check_gold(other)
