@@ -164,6 +164,7 @@ def test_a_hostile_query_costs_its_own_score_and_little_time(name, database, emp
     assert verify(GOLD, GOLD, [database], limits=LIMITS).reward == 1.0
 
 
+@pytest.mark.slow
 def test_a_hostile_batch_leaves_the_others_their_verdicts(database):
     killers = ["instr, quadratic", "like bomb", "endless recursion", "a lone surrogate", "a wide row of long texts"]
     items = []
