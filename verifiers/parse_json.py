@@ -13,6 +13,7 @@ import re
 from typing import Any
 
 from verifiers import limits
+from verifiers.parse_json_quick import read_quickly
 
 _SPACE = r"[ \t\n\r]*+"
 # Possessive quantifiers: a failed match gives nothing back, so each try is linear. The closing quote is optional, so
@@ -83,6 +84,11 @@ def parse_json(text: str, start: int, budget: Budget) -> tuple[Any, int]:
     Returns the value and the position after its last character.
     Raises MalformedJson where the text is not JSON, and OverLimit at a cap.
     """
+    quickly = read_quickly(text, start, budget.left)
+    if quickly is not None:
+        value, end, values = quickly
+        budget.left -= values
+        return value, end
     return _Reader(text, start, budget).read()
 
 
