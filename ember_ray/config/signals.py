@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 _SAME_WISH_S = 1.0
@@ -23,6 +25,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.held = False
         self._last = 0.0
         self._before: dict[int, object] = {}
 
@@ -46,8 +49,10 @@ class StopSignals:
         now = time.monotonic()
         if self.received is not None and now - self._last < _SAME_WISH_S:
             return
+        again = self.received is not None
         self.received, self._last = number, now
-        raise KeyboardInterrupt
+        if again or not self.held:
+            raise KeyboardInterrupt
 
 
 _current: StopSignals | None = None
@@ -73,8 +78,25 @@ def check() -> None:
     The one that the handler raised can be lost: it lands wherever the main thread is, and in a destructor or a
     callback from C Python only prints it.
     """
-    if _current is not None and _current.received is not None:
+    if _current is not None and _current.received is not None and not _current.held:
         raise KeyboardInterrupt
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Holds a stop back until the end of the block, for two things that must be done both or not at all.
+
+    A second wish to stop, more than a second after the first, ends the block at once.
+    """
+    if _current is None:
+        yield
+        return
+    _current.held = True
+    try:
+        yield
+    finally:
+        _current.held = False
+    check()
 
 
 def end(signals: StopSignals) -> None:

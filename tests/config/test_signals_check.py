@@ -34,3 +34,28 @@ def test_a_stop_that_a_destructor_swallowed_is_found_at_the_next_check() -> None
             signals.check()
     finally:
         signals.end(stop)
+
+
+def test_a_stop_is_held_back_until_both_things_are_done() -> None:
+    stop, done = signals.begin(), []
+    try:
+        with pytest.raises(KeyboardInterrupt), signals.held():
+            os.kill(os.getpid(), signal.SIGINT)
+            signals.check()
+            done.append("both")
+        assert (done, stop.received, stop.held) == (["both"], signal.SIGINT, False)
+    finally:
+        signals.end(stop)
+
+
+def test_a_second_wish_ends_what_held_back_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "_SAME_WISH_S", 0.0)
+    stop, done = signals.begin(), []
+    try:
+        with pytest.raises(KeyboardInterrupt), signals.held():
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            done.append("not reached")
+        assert done == []
+    finally:
+        signals.end(stop)
