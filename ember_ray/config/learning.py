@@ -109,7 +109,6 @@ class BestOfNSection(OptimizerSection):
 class GrpoSection(OptimizerSection):
     """``grpo.*``"""
 
-    learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate of AdamW.")
     per_device_train_batch_size: PositiveInt = Field(64, description="Candidates in one forward and backward.")
     loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"] = Field(
         "dapo", description="The loss, by TRL's names."
