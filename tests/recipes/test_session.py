@@ -12,7 +12,8 @@ import pytest
 from actors import cluster as clusters
 from ember_ray.config.schema import DpoExtractConfig
 from ember_ray.tracking.console import Console
-from recipes.session import STAGE_GPU, Session, start_learner
+from recipes.learners import DPO, start_learner
+from recipes.session import STAGE_GPU, Session
 from tests.support.command_line import run
 
 pytestmark = pytest.mark.slow
@@ -54,10 +55,10 @@ def test_a_stage_and_the_learner_share_a_gpu(address: str, tmp_path: Path) -> No
         assert {node for node, _ in places} == {node["NodeID"] for node in ray.nodes()}
         assert [gpus for _, gpus in places] == [[0], [0]]
 
-        learner = start_learner(config, 10, tmp_path)
+        learner = start_learner(config, DPO, tmp_path)
 
         def seen(actor: object) -> tuple[str, list[int], str]:
-            return ray.get_runtime_context().get_node_id(), ray.get_gpu_ids(), actor._arguments[3]  # type: ignore[attr-defined]
+            return ray.get_runtime_context().get_node_id(), ray.get_gpu_ids(), actor._settings.dtype  # type: ignore[attr-defined]
 
         here = ray.get_runtime_context().get_node_id()
         assert ray.get(learner.__ray_call__.remote(seen), timeout=60) == (here, [0], "float32")
