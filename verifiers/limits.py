@@ -1,6 +1,6 @@
 """The caps that keep one verdict under 50 ms of CPU time, whatever the text is.
 
-They are counts, never clocks, so a verdict does not depend on how busy the machine is. Every one is far above what
+All but one are counts, not clocks, so a verdict does not depend on how busy the machine is. Every one is far above what
 an extraction task needs; a text over a cap scores as if no JSON had been found, and the reason names the cap.
 """
 
