@@ -4,7 +4,7 @@
 
 Answers of mixed quality to the questions of the hard generators (SQL: levels 3 and 4, three databases each), 8 to each
 question, go through the pool in batches, as a rollout hands them over once it has generated everything; no question
-comes twice. Prints one JSON line a kind. A first batch warms the pool; processes, open files and resident memory of
+comes twice. Prints one JSON line a kind. A first batch warms the pool; processes, open files and private memory of
 the pool (actors and all below them) and of this process are counted after it and after the last one.
 `per_cpu_second` divides by the CPU time of these processes instead: on a machine that does nothing else the pool
 reaches about that times the number of cores.
@@ -100,16 +100,17 @@ def cpu_seconds() -> float:
 
 
 def footprint() -> dict[str, int]:
-    """Processes, open files and resident bytes of the pool, and files and bytes of this process."""
+    """Processes, open files and private bytes of the pool, and files and bytes of this process."""
     import psutil
 
+    # Private memory, since what a process has touched of Ray's object store counts as resident in each one.
     here, pool = psutil.Process(), pool_processes()
     return {
         "processes": len(pool),
         "open_files": sum(process.num_fds() for process in pool),
-        "rss_bytes": sum(process.memory_info().rss for process in pool),
+        "private_bytes": sum(process.memory_full_info().uss for process in pool),
         "driver_open_files": here.num_fds(),
-        "driver_rss_bytes": here.memory_info().rss,
+        "driver_private_bytes": here.memory_full_info().uss,
     }
 
 
@@ -129,34 +130,34 @@ def measure(kind: str, verifications: int, batch: int, actors: int) -> dict[str,
                 pool.late()
             judge(pool, items[:batch])
             before = footprint()
-            verdicts: list[Verdict] = []
-            seconds = []
+            seconds, rewards, exact = [], [], 0.0
             cpu = cpu_seconds()
             for number in range(1, batches + 1):
                 begun = time.perf_counter()
-                verdicts += judge(pool, items[number * batch : (number + 1) * batch])
+                verdicts = judge(pool, items[number * batch : (number + 1) * batch])
                 seconds.append(time.perf_counter() - begun)
+                rewards += [verdict.reward for verdict in verdicts if verdict.reward is not None]
+                exact += sum(verdict.components.get("exact_match", 0.0) for verdict in verdicts)
             cpu = cpu_seconds() - cpu
             after = footprint()
             processes = pool_processes()
         finally:
             pool.close()
         _, left = psutil.wait_procs(processes, timeout=10)
-        rewards = [verdict.reward for verdict in verdicts if verdict.reward is not None]
-        exact = sum(verdict.components.get("exact_match", 0.0) for verdict in verdicts)
+        judged = batches * batch
         return {
             "kind": kind,
             "actors": actors,
             "batch": batch,
-            "verifications": len(verdicts),
-            "per_second": round(len(verdicts) / sum(seconds)),
+            "verifications": judged,
+            "per_second": round(judged / sum(seconds)),
             "per_second_median": round(batch / statistics.median(seconds)),
             "per_second_slowest_batch": round(batch / max(seconds)),
-            "per_cpu_second": round(len(verdicts) / cpu),
-            "failures": len(verdicts) - len(rewards),
+            "per_cpu_second": round(judged / cpu),
+            "failures": judged - len(rewards),
             "replaced_actors": pool.replaced,
             "reward_mean": round(statistics.fmean(rewards), 4),
-            "exact_match": round(exact / len(verdicts), 4),
+            "exact_match": round(exact / judged, 4),
             "left_processes": len(left),
             "new_files": sorted(set(os.listdir(folder)) - set(files)),
             "before": before,

@@ -25,5 +25,5 @@ def test_thousands_of_verifications_leave_no_process_no_file_and_no_memory() -> 
         assert line["new_files"] == [] and line["left_processes"] == 0
         for name in ("open_files", "driver_open_files"):
             assert after[name] - before[name] <= SLACK_FILES, name
-        for name in ("rss_bytes", "driver_rss_bytes"):
+        for name in ("private_bytes", "driver_private_bytes"):
             assert after[name] - before[name] <= SLACK_BYTES, name
