@@ -48,8 +48,8 @@ class ExtractDataSection(DataSection):
 class RewardSection(Section):
     """``reward.*``, whatever the task."""
 
-    shares: ClassVar[tuple[str, ...]]
-    """Parts of the decomposed design."""
+    parts: ClassVar[dict[str, tuple[str, ...]]]
+    """What the weights of a design are for, by design; one that is not there takes dotted paths of fields."""
 
     design: Literal["binary", "weighted", "decomposed"] = Field(
         "decomposed",
@@ -68,14 +68,14 @@ class RewardSection(Section):
             raise ValueError(
                 "reward.weights has no use with reward.design=binary; leave it out or choose another design"
             )
-        unknown = set(self.weights) - set(self.shares)
-        if self.design == "decomposed" and unknown:
+        parts = self.parts.get(self.design)
+        unknown = set(self.weights) - set(parts or self.weights)
+        if unknown:
             raise ValueError(
-                f"reward.weights names '{min(unknown)}'; with reward.design=decomposed it takes "
-                f"{', '.join(self.shares)}"
+                f"reward.weights names '{min(unknown)}'; with reward.design={self.design} it takes "
+                f"{', '.join(parts or ())}"
             )
-        # shares left out keep their defaults
-        complete = self.design == "weighted" or len(self.weights) == len(self.shares)
+        complete = parts is None or len(self.weights) == len(parts)  # parts left out keep their defaults
         if self.weights and complete and not any(self.weights.values()):
             raise ValueError("reward.weights are all 0, so every reward would be 0; make one positive")
         if self.functions and not any(self.functions.values()):
@@ -86,7 +86,7 @@ class RewardSection(Section):
 class ExtractRewardSection(RewardSection):
     """``reward.*`` of JSON extraction."""
 
-    shares: ClassVar[tuple[str, ...]] = ("parse", "schema", "fields", "clean")
+    parts: ClassVar[dict[str, tuple[str, ...]]] = {"decomposed": ("parse", "schema", "fields", "clean")}
 
     design: Literal["binary", "weighted", "decomposed"] = Field(
         "decomposed", description="binary: exact or not; weighted: fields by weight; decomposed: parse, schema, fields."
@@ -110,12 +110,14 @@ class SqlDataSection(DataSection):
 class SqlRewardSection(RewardSection):
     """``reward.*`` of text-to-SQL."""
 
-    shares: ClassVar[tuple[str, ...]] = ("parse", "execute", "columns", "rows")
+    parts: ClassVar[dict[str, tuple[str, ...]]] = {
+        "weighted": ("columns", "rows", "exact_match"),
+        "decomposed": ("parse", "execute", "columns", "rows", "exact_match"),
+    }
 
     design: Literal["binary", "weighted", "decomposed"] = Field(
         "decomposed",
-        description="binary: right result or not; weighted: result columns by weight; decomposed: parse, execute, ...",
+        description="binary: right result or not; weighted: columns, rows, exact_match; decomposed: those and whether "
+        "it parses and executes.",
     )
-    weights: dict[str, Weight] = Field(
-        {}, description="Weights of result columns (weighted), or of parse, execute, columns, rows (decomposed)."
-    )
+    weights: dict[str, Weight] = Field({}, description="Weights of what the design is made of; the rest keep theirs.")

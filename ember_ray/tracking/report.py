@@ -31,12 +31,18 @@ COLOURS = ("c1", "c2", "c3", "c4", "c5", "c6")
 SMALL = charts.Frame(width=240, height=124, left=42, right=6, top=8, bottom=22)
 # Curves of the learner and the engine that are worth a look, by TRL's names; those that a run has are drawn.
 CURVES = (
-    ("loss", "DPO loss"),
+    ("loss", "Loss"),
     ("rewards/margins", "DPO margin (chosen minus rejected)"),
     ("rewards/accuracies", "DPO accuracy (chosen above rejected)"),
     ("reward_std", "Spread of reward in a group"),
     ("frac_reward_zero_std", "Share of groups without spread"),
     ("pairs", "Pairs learnt from"),
+    ("rows", "Answers imitated"),
+    ("entropy", "Entropy of the policy, nats a token"),
+    ("kl", "KL divergence to the reference"),
+    ("clip_ratio/region_mean", "Share of ratios clipped"),
+    ("mismatch/max", "Engine and learner apart, at most (log-probability)"),
+    ("mismatch/outside", "Share of tokens with a ratio outside 0.9 to 1.1"),
     ("completions/mean_length", "Tokens a candidate"),
     ("completions/clipped_ratio", "Share cut at max_tokens"),
     ("tokens_per_second", "Generated tokens a second"),
@@ -44,7 +50,14 @@ CURVES = (
     ("grad_norm", "Gradient norm"),
 )
 MOST_BARS = 40
-SHARES = {"rewards/accuracies", "frac_reward_zero_std", "completions/clipped_ratio", "prefix_hit_rate"}
+SHARES = {
+    "rewards/accuracies",
+    "frac_reward_zero_std",
+    "completions/clipped_ratio",
+    "prefix_hit_rate",
+    "clip_ratio/region_mean",
+    "mismatch/outside",
+}
 
 
 @dataclass(frozen=True)

@@ -126,6 +126,12 @@ class RolloutGRPOTrainer(watched(GRPOTrainer)):  # type: ignore[misc]
             self._log_ratio(inputs)
         return loss * self.row_scale if self.loss_type in ROW_MEAN_LOSSES else loss
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As TRL's, without the numbers of the reward function that only hands on recorded rewards."""
+        for name in [name for name in self._metrics["train"] if name.startswith("rewards/recorded_rewards/")]:
+            del self._metrics["train"][name]
+        super().log(logs, start_time)
+
     def _log_ratio(self, inputs: dict[str, Any]) -> None:
         """What TRL tells of the rollout's log-probabilities where it corrects with them, here of each forward pass."""
         mask = (inputs["completion_mask"] * inputs["tool_mask"]).bool()

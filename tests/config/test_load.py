@@ -17,7 +17,8 @@ from ember_ray.config.learning import DpoSection
 from ember_ray.config.load import as_overrides, dump_yaml, load_config
 from ember_ray.config.schema import DpoExtractConfig
 from ember_ray.config.sections import LoraSection
-from ember_ray.config.task_sections import ExtractRewardSection
+from ember_ray.config.task_sections import ExtractRewardSection, SqlRewardSection
+from verifiers.sql_rewards import DEFAULT_SHARES
 
 NAMES = st.text(st.sampled_from("abcxyz019_.-"), min_size=1, max_size=12).filter(lambda text: text[0].isalnum())
 TEXTS = st.text(min_size=1, max_size=20).filter(lambda text: text.isprintable())
@@ -222,3 +223,13 @@ def test_every_key_has_a_meaning_and_the_shipped_file_is_valid() -> None:
     shipped = load_config(DpoExtractConfig, find_config("dpo_extract.yaml"))
     assert shipped.name == "dpo_extract"
     assert nested_values(shipped).keys() == {key.path for key in keys_of(DpoExtractConfig)}
+
+
+def test_weights_of_the_sql_reward_are_those_of_its_design() -> None:
+    for design, shares in DEFAULT_SHARES.items():
+        if design != "binary":
+            assert SqlRewardSection(design=design, weights=dict(shares)).parts[design] == tuple(shares)
+    with pytest.raises(ValueError, match="design=weighted it takes columns, rows, exact_match"):
+        SqlRewardSection(design="weighted", weights={"parse": 1})
+    with pytest.raises(ValueError, match="all 0"):
+        SqlRewardSection(design="weighted", weights={"columns": 0, "rows": 0, "exact_match": 0})
