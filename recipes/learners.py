@@ -14,7 +14,7 @@ from ember_ray.data.example import Example
 from ember_ray.train.grpo_options import GrpoOptions
 from ember_ray.train.options import DpoOptions, LearnerOptions, LoraOptions, SftOptions
 from recipes.session import LEARNER_GPU
-from recipes.setup import model_path
+from recipes.setup import context_length, model_path
 from recipes.tasks import task_of
 
 
@@ -44,11 +44,19 @@ class Algorithm:
         """Most optimizer steps of a round."""
         section = getattr(config, self.section)
         per_step = section.per_device_train_batch_size * section.gradient_accumulation_steps
-        return math.ceil(self.rows(config) / per_step) * getattr(section, "epochs_per_round", 1)
+        passes = getattr(section, "epochs_per_round", 1) * getattr(section, "num_iterations", 1)
+        return math.ceil(self.rows(config) / per_step) * passes
+
+    def prompts_a_round(self, config: Any) -> int:
+        """Training rows of a round."""
+        return int(config.rollout.prompts_per_round)
 
     def learner_options(self, config: LearnConfig) -> LearnerOptions:
         """The learner's options, with the length of the schedule and the run's seed."""
         section = getattr(config, self.section).model_dump()
+        if section.get("reference") == "engine":  # what it cannot score is left out, and counted, by the learner
+            limit = context_length(config)
+            section["max_length"] = min(section["max_length"] or limit, limit)
         known = {field.name for field in fields(self.options)}
         # what the rollout decides
         section |= {"temperature": config.rollout.temperature, "max_completion_length": config.rollout.max_tokens}
@@ -74,6 +82,9 @@ class Algorithm:
 @dataclass(frozen=True)
 class Demonstrations(Algorithm):
     """Learning from answers that the rows bring; generated rows get answers of mixed quality."""
+
+    def prompts_a_round(self, config: Any) -> int:
+        return int(config.sft.rows_per_round)
 
     def prepare(self, config: LearnConfig, examples: Sequence[Example]) -> list[Example]:
         faults = config.sft.faults  # type: ignore[attr-defined]

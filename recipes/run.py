@@ -13,6 +13,7 @@ from typing import Any
 
 from actors.calls import ActorLost
 from actors.messages import PromptRow, RolloutResult
+from ember_ray.config import signals
 from ember_ray.config.cli import run_cli
 from ember_ray.config.errors import UserError
 from ember_ray.config.schema import LearnConfig
@@ -30,6 +31,7 @@ from ember_ray.tracking.run_folder import RunFolder
 from ember_ray.tracking.samples import changed_samples, draw, verdict
 from ember_ray.tracking.summary import build_summary
 from ember_ray.tracking.trackers import Tracker, make_tracker
+from ember_ray.train.adapter_learner import STATE_FILE
 from ember_ray.train.batch import Demonstration
 from ember_ray.train.grpo_rows import zero_spread
 from ember_ray.train.options import DpoOptions
@@ -111,8 +113,10 @@ class Run:
         Epochs over the training rows, each in an order of its own; the same ones for the same seed, also after a
         resume.
         """
-        size = min(self.config.rollout.prompts_per_round, len(self.train))
+        size = min(self.algorithm.prompts_a_round(self.config), len(self.train))
         budget = self.config.rollout.token_budget
+        if budget is not None and self.session.trained_prompts < self.rounds_done * size and self.algorithm.rolls_out:
+            return  # the last round before the resume was cut to fit
         order: list[int] = []
         epoch = 0
         for number in range(1, self.config.rounds + 1):
@@ -123,10 +127,11 @@ class Run:
             rows, order = [self.train[index] for index in order[:size]], order[size:]
             if number > self.rounds_done:
                 if budget is not None:
-                    rows = rows[: self._affordable(budget, number, size)]
-                if not rows:
+                    rows = rows[: self._affordable(budget, size)]
+                if rows:
+                    yield number, rows
+                if len(rows) < size:
                     return
-                yield number, rows
 
     def start_rollout(self, rows: Sequence[PromptRow], number: int) -> PendingRollout:
         """Candidates of all rows, scored, under the policy as it is now; ``result()`` waits for them."""
@@ -222,9 +227,10 @@ class Run:
         metrics["seconds/round"] = now - self._round_began
         self._round_began, self._seconds = now, {}
         self.folder.append_metrics(metrics)
-        self._ask_learner("saving", "save_state", self.learner_path)
-        self._learnt_from, self._revivals = None, 0
-        self.rounds_done = number
+        with signals.held():
+            self._ask_learner("saving", "save_state", self.learner_path)
+            self._learnt_from, self._revivals = None, 0
+            self.rounds_done = number
         self.tracker.log(metrics, step=number)
         if result is not None:
             self.tracker.log_samples(number, list(_sample_rows(result.groups[:4])))
@@ -239,13 +245,14 @@ class Run:
         tokens = completion_tokens(self._tokenizer, example, answer, self.config.data.chat_template)
         return Demonstration(example.id, tuple(row.prompt_token_ids), tokens, answer)
 
-    def _affordable(self, budget: int, number: int, size: int) -> int:
+    def _affordable(self, budget: int, size: int) -> int:
         """How many of a round's prompts the budget still pays for, by what a prompt has cost so far."""
         spent, prompts = self.session.trained_tokens, self.session.trained_prompts
-        left = budget - spent
-        if left <= 0:
+        if spent >= budget:
             return 0
-        return size if not prompts else min(size, round(left / (spent / prompts)))
+        if not prompts:
+            return size
+        return max(0, min(size, round((budget - spent) / (spent / prompts)) - self.session.pending_prompts))
 
     def _make_learner(self) -> None:
         self.learner = start_learner(self.config, self.algorithm, self.learner_path)
@@ -267,22 +274,31 @@ class Run:
         Args:
             again: the caller will hand over the batch itself.
         """
-        self._revivals += 1
-        if self._revivals > MOST_REVIVALS:
-            raise lost
-        self.console.info(f"the learner was lost ({lost}); a fresh one goes on after round {self.rounds_done}")
-        self._make_learner()
-        self._start_learner()
-        if self.rounds_done:
-            self.session.call("loading the state", self.learner.load_state.remote(self.learner_path))
-        if self._learnt_from is not None and not again:
-            self.session.call("learning", self.learner.learn.remote(self._learnt_from))
+        while True:
+            self._revivals += 1
+            if self._revivals > MOST_REVIVALS:
+                raise lost
+            self.console.info(f"the learner was lost ({lost}); a fresh one goes on after round {self.rounds_done}")
+            try:
+                self._make_learner()
+                self._start_learner()
+                # the state may be of this round already, where the process died after it had been written
+                learnt = self._load_state()
+                if self._learnt_from is not None and not again and learnt == self.rounds_done:
+                    self.session.call("learning", self.learner.learn.remote(self._learnt_from))
+                return
+            except ActorLost as once_more:
+                lost = once_more
+
+    def _load_state(self) -> int:
+        """Brings the learner to the last state that was written, if there is one; gives the rounds that it learnt."""
+        if not (self.learner_path / STATE_FILE).is_file():
+            return 0
+        return int(self.session.call("loading the state", self.learner.load_state.remote(self.learner_path)))
 
     def _go_on(self) -> None:
         """Brings learner, engine and counts to the end of the last whole round of the run that is resumed."""
-        if not any(self.learner_path.glob("*")):
-            return  # it ended before its first round did
-        self.rounds_done = self.session.call("loading the state", self.learner.load_state.remote(self.learner_path))
+        self.rounds_done = self._load_state()
         rows = self.folder.keep_rounds(self.rounds_done)
         for row in rows:
             self.session.count(row)

@@ -56,13 +56,14 @@ class Session:
     Attributes:
         totals: counts over all rollouts of the run.
         trained_prompts, trained_tokens: prompts and generated tokens of the rollouts that were learnt from.
+        pending_prompts: of rollouts to learn from that have begun and were not waited for yet.
         policy_version: what the engine serves.
     """
 
     def __init__(self, config: LearnConfig, console: Console) -> None:
         self.config, self.console = config, console
         self.totals = RolloutStats()
-        self.trained_prompts, self.trained_tokens = 0, 0
+        self.trained_prompts, self.trained_tokens, self.pending_prompts = 0, 0, 0
         self.policy_version = 0
 
     def __enter__(self) -> Session:
@@ -124,6 +125,7 @@ class Session:
             name: of the phase on the console that waits for it.
         """
         ref = self._rollouts.begin(rows, num_candidates, params, round_number)
+        self.pending_prompts += len(rows) if round_number else 0
         return PendingRollout(self, ref, len(rows), num_candidates, round_number, name)
 
     def finish_rollout(self, ref: Any, on_progress: Callable[[Progress], None]) -> RolloutResult:
@@ -188,6 +190,7 @@ class PendingRollout:
             result = session.finish_rollout(self._ref, show)
         session.totals = added(session.totals, result.stats)
         if self._round_number:
+            session.pending_prompts -= self._prompts
             session.trained_prompts += self._prompts
             session.trained_tokens += result.stats.generated_tokens
         return result

@@ -30,6 +30,11 @@ def model_path(config: LearnConfig) -> str:
     return config.model.path or str(task_of(config).tiny_model())
 
 
+def context_length(config: LearnConfig) -> int:
+    """Most tokens of a prompt with its answer that the engine takes."""
+    return config.engine.max_model_len or read_model_config(model_path(config)).max_position_embeddings
+
+
 def engine_options(config: LearnConfig) -> EngineOptions:
     """The engine's options; how the layers are cut is settled here.
 
@@ -159,8 +164,7 @@ def prompt_rows(config: LearnConfig, name: str, examples: Sequence[Example]) -> 
     Raises:
         UserError: a prompt is too long; the text names the row.
     """
-    options, tokenizer = engine_options(config), Tokenizer(model_path(config))
-    limit = options.max_model_len or read_model_config(options.model).max_position_embeddings
+    limit, tokenizer = context_length(config), Tokenizer(model_path(config))
     rows = []
     for example in examples:
         tokens = tuple(prompt_tokens(tokenizer, example, config.data.chat_template))

@@ -10,12 +10,13 @@ import pytest
 from ember_ray.assets import tiny_model_path
 from ember_ray.config.errors import UserError
 from ember_ray.config.learning import DpoSection
-from ember_ray.config.schema import DpoExtractConfig, SftExtractConfig
+from ember_ray.config.schema import DpoExtractConfig, GrpoExtractConfig, SftExtractConfig
 from ember_ray.config.sections import RolloutSection
 from ember_ray.data.example import Example
+from ember_ray.model.qwen3_config import read_model_config
 from ember_ray.train.options import DpoOptions
 from recipes import extract_task, sql_task
-from recipes.learners import DPO, SFT
+from recipes.learners import DPO, GRPO, SFT
 
 
 def test_steps_are_counted_over_the_whole_run() -> None:
@@ -37,6 +38,28 @@ def test_steps_are_counted_over_the_whole_run() -> None:
     assert isinstance(options, DpoOptions)
     assert (options.planned_steps, options.seed, options.lr_scheduler_type) == (24, 7, "cosine")
     assert options.loss_type == ("sigmoid", "sft")
+
+
+def test_passes_over_a_round_are_steps_of_the_schedule() -> None:
+    config = GrpoExtractConfig.model_validate(
+        {
+            "rounds": 3,
+            "rollout": {"prompts_per_round": 4, "num_candidates": 8},
+            "grpo": {"num_iterations": 2, "per_device_train_batch_size": 16, "lr_scheduler_type": "linear"},
+        }
+    )
+    assert GRPO.learner_options(config).planned_steps == 3 * 2 * 2
+
+
+def test_pairs_that_the_engine_cannot_score_are_too_long_for_the_learner() -> None:
+    def max_length(dpo: dict[str, object], max_model_len: int | None = 300) -> int | None:
+        engine = {"max_model_len": max_model_len}
+        return DPO.learner_options(DpoExtractConfig.model_validate({"engine": engine, "dpo": dpo})).max_length
+
+    assert max_length({}) == max_length({"max_length": 400}) == 300
+    assert max_length({"max_length": 200}) == 200
+    assert max_length({}, None) == read_model_config(tiny_model_path()).max_position_embeddings
+    assert max_length({"reference": "trainer"}) is None
 
 
 def test_demonstrations_with_all_faults_are_those_of_the_shipped_models() -> None:

@@ -22,7 +22,7 @@ SHORT = (
     "ray.dashboard=false",
     "tracker=none",
 )
-MORE = {"sft": ("rounds=3",)}
+MORE = {"sft": ("rounds=3", "sft.rows_per_round=64")}
 
 
 def only_run(folder: Path) -> Path:
