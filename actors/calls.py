@@ -80,7 +80,7 @@ def wait(
     try:
         return ray.get(ref, timeout=60)
     except RayActorError as error:
-        raise ActorLost(f"{what} was cut off, its process died: {first_line(error)}") from error
+        raise ActorLost(f"{what} was cut off, its process died: {first_line(cause_of(error))}") from error
     except Exception as error:
         cause = cause_of(error)
         if cause is error:

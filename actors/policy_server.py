@@ -38,6 +38,7 @@ class PolicyServer:
         self._failures_allowed = failures
         self._failures = 0
         self._updates: dict[int, Any] = {}
+        """By version, the one in use last behind the others, as the stages have them."""
 
     @property
     def versions(self) -> list[int]:
@@ -154,6 +155,8 @@ class PolicyServer:
             try:
                 self.ensure()
                 scores = self.pipeline.score(shared, version, tokens)
+                self._used(version)
+                self._used(self.official)
                 self.succeeded()
                 return scores
             except StageLost as lost:
@@ -173,6 +176,7 @@ class PolicyServer:
     def _switch(self, version: int) -> None:
         """The decision, and then its execution: whoever dies from here on comes back at the new version."""
         self.official = version
+        self._used(version)
         try:
             self.pipeline.call_all("commit_adapter", version)
         except StageLost as lost:
@@ -180,13 +184,19 @@ class PolicyServer:
         self.succeeded()
 
     def _restore(self) -> None:
-        """Gives fresh stages every version that is kept, in the order of their numbers, then the official one."""
+        """Gives fresh stages every version that is kept, in the order of their numbers; then they are used in the order
+        in which they were, so that the same ones will leave, the official one last."""
         for version, shared in sorted(self._updates.items()):
             refusals = [text for text in self.pipeline.call_all("stage_adapter", shared) if text is not None]
             if refusals:
                 raise RuntimeError(f"policy version {version} was served before and is refused now: {refusals[0]}")
             self.pipeline.call_all("commit_adapter", version)
-        self.pipeline.call_all("commit_adapter", self.official)
+        for version in [*self._updates, self.official]:
+            self.pipeline.call_all("commit_adapter", version)
+
+    def _used(self, version: int) -> None:
+        if version in self._updates:
+            self._updates[version] = self._updates.pop(version)
 
     def _forget_old(self) -> None:
         """Keeps the tensors of what the stages keep: no more can be rolled back to."""

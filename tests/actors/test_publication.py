@@ -88,6 +88,18 @@ def test_fresh_stages_can_be_rolled_back_too(server, make_update) -> None:
     assert server.publish(make_update(second + 1)) == second + 1
 
 
+def test_a_version_that_is_scored_with_stays_also_after_a_loss(server, make_update) -> None:
+    reference = server.publish(make_update(server.highest + 1))
+    answers = [((3, 4, 5), (6, 7))]
+    wanted = server.score(answers, reference)
+    for _ in range(8):  # as many as stages keep
+        server.publish(make_update(server.highest + 1))
+        server.score(answers, reference)
+    server.recover(StageLost("for the test"))
+    server.publish(make_update(server.highest + 1))
+    assert server.score(answers, reference) == wanted
+
+
 def test_a_stage_that_hangs_is_lost_after_the_limit(server) -> None:
     official, victim = server.official, server.pipeline.call_all("pid")[1]
     os.kill(victim, signal.SIGSTOP)
