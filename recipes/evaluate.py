@@ -4,6 +4,9 @@ Measures a base model, a model with an adapter (model.adapter=RUN/adapter) or a 
 (endpoint.base_url=... endpoint.model=...) on held-out prompts of a task (task=extract or task=sql; your own rows with
 data.eval=...): one greedy answer and data.eval_samples sampled ones each, judged by the same verifiers. Leaves
 exact match, validity, fields, pass@k and best-of-N curves with intervals.
+
+Answers of a server are kept as they come (answers.jsonl). An evaluation that a fault or Ctrl-C has ended goes on with
+--config FOLDER/config.yaml resume=FOLDER: only what is missing is asked, then everything is judged.
 """
 
 from __future__ import annotations
@@ -12,10 +15,12 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from actors.messages import Limits
 from ember_ray.config import signals
 from ember_ray.config.cli import run_cli
 from ember_ray.config.errors import UserError, user_faults
@@ -25,7 +30,8 @@ from ember_ray.data.example import Example
 from ember_ray.data.scored_group import ScoredCandidate, ScoredGroup
 from ember_ray.engine.request import RequestOutput
 from ember_ray.engine.sampling_params import SamplingParams
-from ember_ray.evaluation.endpoint import ChatPrompt, Endpoint
+from ember_ray.evaluation.answer_log import AnswerLog
+from ember_ray.evaluation.endpoint import Answered, ChatPrompt, Endpoint
 from ember_ray.model.lora import load_peft_adapter
 from ember_ray.tracking.console import Console
 from ember_ray.tracking.evaluation_curves import evaluate
@@ -43,10 +49,17 @@ from recipes.setup import (
     sampling_params,
     verifier_settings,
 )
-from verifiers.judge import Batch, Judge
+from verifiers.isolated_judge import IsolatedJudge
+from verifiers.judge import Batch
 
 EVALUATION = 0
 """The round number of the training recipes' evaluations: the same prompts get the same random numbers here."""
+
+MAY_DIFFER = (
+    *("resume", "output_dir", "ray"),
+    *(f"endpoint.{name}" for name in ("api_key_env", "concurrency", "max_retries", "timeout_s")),
+)
+"""Settings that a resumed evaluation may have otherwise: those that may have ended it."""
 
 TASKS: dict[str, tuple[type[LearnConfig], tuple[str, ...]]] = {
     "extract": (ExtractConfig, ("difficulty",)),
@@ -71,16 +84,30 @@ def main(config: EvaluateConfig) -> None:
         run_config = as_run(config)
         examples = held_out_examples(run_config)
         endpoint = Endpoint(config.endpoint) if config.endpoint.base_url is not None else None
-        folder = RunFolder.create(config.output_dir, config.name)
-        folder.write_config(config)
+        if config.resume is not None:
+            folder = reopened(config.resume, config)
+        else:
+            folder = RunFolder.create(config.output_dir, config.name)
+            folder.write_config(config)
         if endpoint is not None:
-            answers = ask_endpoint(endpoint, run_config, examples, console)
+            answers = ask_endpoint(endpoint, run_config, examples, console, folder)
         else:
             answers = ask_engine(run_config, examples, console)
         with console.stage("measuring"):
             result = evaluate(answers.sampled, answers.greedy, reader_of(config.task, examples), config.seed)
         text = write(folder, config, result, answers)
     print(f"\n{text}\n{folder.path}/")
+
+
+def reopened(path: str, config: EvaluateConfig) -> RunFolder:
+    """The folder of an evaluation to go on with.
+
+    Raises:
+        UserError: there is no such evaluation, it is finished, or it was made with other settings.
+    """
+    if (Path(path) / "evaluation.json").exists():
+        raise UserError(f"resume: the evaluation in '{path}' is finished; start a new one")
+    return RunFolder.reopen(path, config, MAY_DIFFER)
 
 
 def as_run(config: EvaluateConfig) -> LearnConfig:
@@ -141,30 +168,70 @@ def ask_engine(config: LearnConfig, examples: Sequence[Example], console: Consol
     return Answers(sampled, greedy, cost)
 
 
-def ask_endpoint(endpoint: Endpoint, config: LearnConfig, examples: Sequence[Example], console: Console) -> Answers:
-    """Candidates from a model behind an endpoint, judged in this process."""
+def ask_endpoint(
+    endpoint: Endpoint, config: LearnConfig, examples: Sequence[Example], console: Console, folder: RunFolder
+) -> Answers:
+    """Candidates from a model behind an endpoint, judged once all are there, in a process of their own.
+
+    Raises:
+        UserError: the endpoint or the reward functions cannot be used; the text says how to go on.
+    """
     prompts, params = [ChatPrompt(example.id, example.messages) for example in examples], sampling_params(config)
     with user_faults(ValueError):
-        judge = Judge(verifier_settings(config).functions)
-    found, seconds = [], 0.0
+        judge = IsolatedJudge(verifier_settings(config).functions, Limits().verify)
     try:
-        for name, count, drawn in (("sampling", config.data.eval_samples, params), ("greedy", 1, _greedy(params))):
-
-            def progress(candidates: int) -> None:
-                signals.check()
-                console.advance(candidates)
-
-            with console.phase(name, total=count * len(prompts)) as phase:
-                outputs = endpoint.generate(prompts, count, drawn, progress)
-            seconds += phase.seconds
-            found.append(judged(judge, outputs, examples, console))
+        log = AnswerLog(folder.path / "answers.jsonl", prompts)
+        try:
+            sampled = asked(endpoint, log, "sampled", prompts, config.data.eval_samples, params, console)
+            greedy = asked(endpoint, log, "greedy", prompts, 1, _greedy(params), console)
+            scored = [judged(judge, outputs, examples, console) for outputs in (sampled, greedy)]
+        except UserError as fault:
+            raise UserError(f"{fault}; {kept_words(log, folder)}") from fault
+        except KeyboardInterrupt:
+            console.info(kept_words(log, folder))
+            raise
+        finally:
+            log.close()
     finally:
         judge.close()
-    return Answers(found[0], found[1], endpoint.usage.as_row(endpoint.settings) | {"seconds": seconds})
+    cost = endpoint.usage.as_row(endpoint.settings) | {"seconds": log.seconds}
+    return Answers(sampled=scored[0], greedy=scored[1], cost=cost)
+
+
+def kept_words(log: AnswerLog, folder: RunFolder) -> str:
+    """What is not lost, and how to go on."""
+    if not log.requests:
+        return "no answer had come yet"
+    return (
+        f"{log.requests:,} answered requests are kept: go on with --config {folder.path / 'config.yaml'} "
+        f"resume={folder.path}"
+    )
+
+
+def asked(
+    endpoint: Endpoint,
+    log: AnswerLog,
+    kind: str,
+    prompts: Sequence[ChatPrompt],
+    count: int,
+    params: SamplingParams,
+    console: Console,
+) -> list[RequestOutput]:
+    """``count`` candidates of each prompt, those that the log has and those that are asked for now."""
+    earlier = log.earlier.get(kind, [])
+
+    def keep(prompt: ChatPrompt, answered: Answered) -> None:
+        log.append(kind, prompt, answered)
+        signals.check()
+        console.advance(len(answered.candidates))
+
+    with console.phase(f"asking, {kind}", total=count * len(prompts)):
+        console.advance(sum(len(answered.candidates) for answered in earlier))
+        return endpoint.generate(prompts, count, params, keep, earlier)
 
 
 def judged(
-    judge: Judge, outputs: Sequence[RequestOutput], examples: Sequence[Example], console: Console
+    judge: IsolatedJudge, outputs: Sequence[RequestOutput], examples: Sequence[Example], console: Console
 ) -> list[ScoredGroup]:
     """Candidates with their verdicts, the examples in the order of the outputs."""
     groups = []
@@ -173,14 +240,14 @@ def judged(
             signals.check()
             prompt = example.messages[0]["content"] if example.is_text else example.messages
             made = output.candidates
-            verdicts = judge.judge(
-                Batch(
-                    [prompt] * len(made),
-                    [one.text for one in made],
-                    [one.token_ids for one in made],
-                    [example.reward_columns()] * len(made),
-                )
+            batch = Batch(
+                [prompt] * len(made),
+                [one.text for one in made],
+                [one.token_ids for one in made],
+                [example.reward_columns()] * len(made),
             )
+            with user_faults(ValueError):
+                verdicts = judge.judge(batch)
             scored = [
                 ScoredCandidate(one, verdict.reward, verdict.components, verdict.reason)
                 for one, verdict in zip(made, verdicts, strict=True)

@@ -62,6 +62,11 @@ class EvaluateConfig(Section):
     task: Literal["extract", "sql"] = Field("extract", description="What is asked: JSON extraction or text-to-SQL.")
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of generated rows, of sampling and of the intervals.")
     output_dir: str = Field("runs", min_length=1, description="Folder in which the folder of the evaluation is made.")
+    resume: str | None = Field(
+        None,
+        description="Folder of an unfinished evaluation of an endpoint: only what is missing is asked, then everything "
+        "is judged; give its own settings: --config FOLDER/config.yaml.",
+    )
     model: ModelSection = Field(default_factory=ModelSection, description="The model in our own engine.")
     endpoint: EndpointSection = Field(
         default_factory=EndpointSection, description="A model behind an OpenAI-compatible server instead."
@@ -83,4 +88,6 @@ class EvaluateConfig(Section):
             raise ValueError(
                 f"model.{which} and endpoint.base_url are both set, but one model is evaluated at a time; drop one"
             )
+        if self.resume is not None and self.endpoint.base_url is None:
+            raise ValueError("resume goes on with an evaluation of an endpoint; one of our own engine starts anew")
         return self

@@ -29,6 +29,24 @@ class ChatPrompt:
     messages: list[dict[str, str]]
 
 
+@dataclass(frozen=True)
+class Answered:
+    """An answered request.
+
+    Attributes:
+        request_id: the prompt's.
+        candidates: those that were wanted of what the server gave, their indices among all of the prompt.
+        retries: further attempts at it.
+        input_tokens, output_tokens: as the server counts them; None if it does not say.
+    """
+
+    request_id: str
+    candidates: list[Candidate]
+    retries: int
+    input_tokens: int | None
+    output_tokens: int | None
+
+
 @dataclass
 class Usage:
     """What was asked of an endpoint, and what it said that it cost.
@@ -45,6 +63,16 @@ class Usage:
     output_tokens: int = 0
     without_usage: int = 0
 
+    def add(self, answered: Answered) -> None:
+        """Counts a request."""
+        self.requests += 1
+        self.retries += answered.retries
+        if answered.input_tokens is None or answered.output_tokens is None:
+            self.without_usage += 1
+        else:
+            self.input_tokens += answered.input_tokens
+            self.output_tokens += answered.output_tokens
+
     def as_row(self, settings: EndpointSection) -> dict[str, float | None]:
         """The counts, and ``dollars`` at the configured prices; None if a price or a count is not known."""
         dollars = None
@@ -57,7 +85,7 @@ class Endpoint:
     """A server that answers chats; retries, their waits and ``Retry-After`` are the openai client's.
 
     Attributes:
-        usage: summed over all calls.
+        usage: summed over all calls, the earlier answers that they were given included.
 
     Raises:
         UserError: the environment variable that should hold the key does not hold one.
@@ -81,7 +109,8 @@ class Endpoint:
         prompts: Sequence[ChatPrompt],
         num_candidates: int,
         params: SamplingParams,
-        on_progress: Callable[[int], None] = lambda candidates: None,
+        on_answer: Callable[[ChatPrompt, Answered], None] = lambda prompt, answered: None,
+        earlier: Sequence[Answered] = (),
     ) -> list[RequestOutput]:
         """Candidates of all prompts, in their order.
 
@@ -95,15 +124,25 @@ class Endpoint:
             num_candidates: of each.
             params: temperature, top_p, max_tokens and stop are sent; top_k and min_p, which the protocol does not
                 have, only if they are set (vLLM and SGLang understand them).
-            on_progress: called with the number of new candidates whenever a request is answered; may raise.
+            on_answer: called whenever a request is answered; may raise, and what came before is not lost by it.
+            earlier: what came of an earlier call with the same prompts and settings; only the rest is asked.
 
         Raises:
-            UserError: one sentence on why the server cannot be used; nothing is given then.
+            UserError: one sentence on why the server cannot be used; what `on_answer` got is all there is then.
         """
-        return asyncio.run(self._generate(prompts, num_candidates, params, on_progress))
+        kept: dict[str, list[Candidate]] = {prompt.request_id: [] for prompt in prompts}
+        for answered in earlier:
+            self.usage.add(answered)
+            kept[answered.request_id] += answered.candidates
+        return asyncio.run(self._generate(prompts, kept, num_candidates, params, on_answer))
 
     async def _generate(
-        self, prompts: Sequence[ChatPrompt], count: int, params: SamplingParams, on_progress: Callable[[int], None]
+        self,
+        prompts: Sequence[ChatPrompt],
+        kept: dict[str, list[Candidate]],
+        count: int,
+        params: SamplingParams,
+        on_answer: Callable[[ChatPrompt, Answered], None],
     ) -> list[RequestOutput]:
         from openai import AsyncOpenAI
 
@@ -116,15 +155,13 @@ class Endpoint:
         ) as client:
 
             async def answer(prompt: ChatPrompt) -> RequestOutput:
-                candidates: list[Candidate] = []
+                candidates = list(kept[prompt.request_id])
                 while len(candidates) < count:
                     async with gate:
-                        choices = await self._ask(client, prompt, count - len(candidates), params)
-                    new = choices[: count - len(candidates)]
-                    candidates += [
-                        self._candidate(prompt, len(candidates) + place, one) for place, one in enumerate(new)
-                    ]
-                    on_progress(len(new))
+                        answered = await self._ask(client, prompt, range(len(candidates), count), params)
+                        self.usage.add(answered)
+                        on_answer(prompt, answered)
+                    candidates += answered.candidates
                 return RequestOutput(prompt.request_id, (), candidates)
 
             tasks = [asyncio.create_task(answer(prompt)) for prompt in prompts]
@@ -135,15 +172,15 @@ class Endpoint:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _ask(self, client: AsyncOpenAI, prompt: ChatPrompt, n: int, params: SamplingParams) -> list[Any]:
-        """The choices of one request, at least one."""
+    async def _ask(self, client: AsyncOpenAI, prompt: ChatPrompt, wanted: range, params: SamplingParams) -> Answered:
+        """One request for the candidates of the indices that are wanted; it gives at least the first."""
         import openai
 
         settings = self.settings
         asked: dict[str, Any] = {
             "model": settings.model,
             "messages": prompt.messages,
-            "n": n,
+            "n": len(wanted),
             "temperature": params.temperature,
             "top_p": params.top_p,
             settings.max_tokens_name: params.max_tokens,
@@ -167,15 +204,14 @@ class Endpoint:
                 f"endpoint.base_url={settings.base_url} answers, but not with chat completions; give the address "
                 "below which /chat/completions lies, which mostly ends in /v1"
             )
-        self.usage.requests += 1
-        self.usage.retries += response.retries_taken
         used = completion.usage
-        if used is None or used.prompt_tokens is None or used.completion_tokens is None:
-            self.usage.without_usage += 1
-        else:
-            self.usage.input_tokens += used.prompt_tokens
-            self.usage.output_tokens += used.completion_tokens
-        return choices
+        return Answered(
+            prompt.request_id,
+            [self._candidate(prompt, index, choice) for index, choice in zip(wanted, choices, strict=False)],
+            response.retries_taken,
+            None if used is None else used.prompt_tokens,
+            None if used is None else used.completion_tokens,
+        )
 
     def _candidate(self, prompt: ChatPrompt, index: int, choice: Any) -> Candidate:
         tokens = (choice.logprobs.content or []) if choice.logprobs is not None else []

@@ -71,7 +71,7 @@ class RunFolder:
 
         Args:
             config: the settings to go on with; they must be the folder's own.
-            may_differ: top-level keys that do not matter to what is learnt.
+            may_differ: keys that do not matter to what comes out, as ``key`` or ``section.key``.
 
         Raises:
             UserError: there is no such run, it is finished, it was made with other settings, or it cannot be read.
@@ -88,8 +88,12 @@ class RunFolder:
         if status == "finished":
             raise UserError(f"resume: the run in '{folder}' is finished; start a new one")
         now = yaml.safe_load(dump_yaml(config))
+        for settings in (was, now):
+            for name in may_differ:
+                section, _, key = name.rpartition(".")
+                (settings.get(section, {}) if section else settings).pop(key, None)
         for key in now:
-            if key not in may_differ and was.get(key) != now[key]:
+            if was.get(key) != now[key]:
                 raise UserError(
                     f"resume: the run in '{folder}' was made with other settings of '{key}'; "
                     f"go on with its own: --config {folder / 'config.yaml'} resume={folder}"

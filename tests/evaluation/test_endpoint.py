@@ -12,7 +12,7 @@ import pytest
 from ember_ray.config.endpoint_section import EndpointSection
 from ember_ray.config.errors import UserError
 from ember_ray.engine.sampling_params import SamplingParams
-from ember_ray.evaluation.endpoint import ChatPrompt, Endpoint
+from ember_ray.evaluation.endpoint import Answered, ChatPrompt, Endpoint
 from tests.support.chat_server import Reply, completion, serving
 
 KEY = "sk-secret-123"
@@ -37,16 +37,16 @@ def echo(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_answers_become_candidates_in_the_order_of_the_prompts() -> None:
-    seen: list[int] = []
+    seen: list[Answered] = []
     with serving(echo) as server:
         endpoint = Endpoint(settings(server.base_url, input_price=2.0, output_price=10.0))
-        outputs = endpoint.generate(PROMPTS, 3, PARAMS, seen.append)
+        outputs = endpoint.generate(PROMPTS, 3, PARAMS, lambda prompt, answered: seen.append(answered))
     assert [output.request_id for output in outputs] == ["a", "b", "c"]
     for output in outputs:
         assert [(one.index, one.text) for one in output.candidates] == [(i, output.request_id) for i in range(3)]
         assert output.candidates[0].logprobs == [-0.5, -0.25] and output.candidates[0].token_ids == []
         assert output.candidates[0].finish_reason == "stop"
-    assert sorted(request["n"] for request in server.requests) == [1, 1, 1, 3, 3, 3] and sum(seen) == 9
+    assert sorted(request["n"] for request in server.requests) == [1, 1, 1, 3, 3, 3] and len(seen) == 6
     first = server.requests[0]
     assert (first["model"], first["temperature"], first["top_p"], first["max_tokens"]) == ("m", 0.7, 0.9, 32)
     assert first["logprobs"] is True and not {"seed", "top_k", "min_p", "stop"} & first.keys()
@@ -54,6 +54,30 @@ def test_answers_become_candidates_in_the_order_of_the_prompts() -> None:
     row = endpoint.usage.as_row(endpoint.settings)
     assert (row["requests"], row["retries"], row["input_tokens"], row["output_tokens"]) == (6, 0, 60, 90)
     assert row["dollars"] == pytest.approx((60 * 2 + 90 * 10) / 1e6)
+
+
+def test_what_came_before_an_interruption_is_not_asked_again() -> None:
+    kept: list[Answered] = []
+
+    def keep(prompt: ChatPrompt, answered: Answered) -> None:
+        kept.append(answered)
+        if len(kept) == 4:  # one row is whole, another has two of its three candidates, or two have
+            raise KeyboardInterrupt
+
+    with serving(echo) as server:
+        endpoint = Endpoint(settings(server.base_url, concurrency=1))
+        with pytest.raises(KeyboardInterrupt):
+            endpoint.generate(PROMPTS, 3, PARAMS, keep)
+        before, endpoint = len(server.requests), Endpoint(settings(server.base_url, concurrency=1))
+        outputs = endpoint.generate(PROMPTS, 3, PARAMS, earlier=kept)
+    assert len(kept) == 4 and sum(request["n"] for request in server.requests[before:]) == 9 - sum(
+        len(answered.candidates) for answered in kept
+    )
+    for output, prompt in zip(outputs, PROMPTS, strict=True):
+        assert [(one.request_id, one.index, one.text) for one in output.candidates] == [
+            (prompt.request_id, index, prompt.request_id) for index in range(3)
+        ]
+    assert (endpoint.usage.requests, endpoint.usage.input_tokens, endpoint.usage.output_tokens) == (6, 60, 90)
 
 
 def test_too_many_requests_are_tried_again_after_the_wait_that_the_server_asks_for() -> None:

@@ -98,6 +98,70 @@ def test_an_endpoint_is_evaluated(
     assert again.endpoint.api_key_env == "TEST_KEY"
 
 
+def test_what_an_endpoint_answered_before_it_failed_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FIRST_KEY", "sk-1")
+    monkeypatch.setenv("OTHER_KEY", "sk-2")
+    settings = (f"output_dir={tmp_path}", "data.eval_prompts=6", "data.eval_samples=4")
+    endpoint = (
+        *("endpoint.model=m", "endpoint.api_key_env=FIRST_KEY"),
+        *("endpoint.input_price=1.0", "endpoint.output_price=2.0"),
+    )
+    right, failing = scripted(configured(*settings)), True
+
+    def answer(request: dict[str, Any]) -> Any:
+        if failing and len(server.requests) > 4:
+            return 400, {"error": {"message": "spent"}}, {}
+        return right(request)
+
+    with serving(answer) as server:
+        here = (*settings, *endpoint, f"endpoint.base_url={server.base_url}")
+        with pytest.raises(UserError, match="spent.*; 4 answered requests are kept: go on with --config"):
+            main(configured(*here, "endpoint.concurrency=1"))
+        folder, failing = only_folder(tmp_path), False
+        resume = f"resume={folder}"
+        with pytest.raises(UserError, match="other settings of 'data'"):
+            main(configured(*here, "data.eval_prompts=5", resume))
+        with pytest.raises(UserError, match="other settings of 'endpoint'"):
+            main(configured(*here, "endpoint.logprobs=false", resume))
+        main(configured(*here, "endpoint.concurrency=2", "endpoint.api_key_env=OTHER_KEY", resume))
+        first = {request["messages"][-1]["content"] for request in server.requests[:4]}
+        rest = [one for one, key in zip(server.requests, server.keys, strict=True) if key == "Bearer sk-2"]
+        assert len(rest) == 8 and not any(
+            request["messages"][-1]["content"] in first for request in rest if request["temperature"] > 0
+        )
+        with pytest.raises(UserError, match="is finished"):
+            main(configured(*here, resume))
+        main(configured(*here, f"output_dir={tmp_path / 'undisturbed'}"))
+    undisturbed = only_folder(tmp_path / "undisturbed")
+    assert (folder / "eval.jsonl").read_text() == (undisturbed / "eval.jsonl").read_text()
+    cost, usual = (json.loads((one / "evaluation.json").read_text())["cost"] for one in (folder, undisturbed))
+    assert cost.pop("seconds") > 0 and usual.pop("seconds") > 0 and cost == usual
+    assert cost["requests"] == 12 and cost["dollars"] == pytest.approx((120 + 2 * 300) / 1e6)
+
+
+def test_a_reward_function_that_ends_its_process_costs_only_its_candidate(tmp_path: Path) -> None:
+    (tmp_path / "deadly.py").write_text(
+        "import os\n"
+        "def f(completions, **kwargs):\n"
+        "    texts = [one[0]['content'] for one in completions]\n"
+        "    return [os._exit(1) if text == 'bad' else 1.0 for text in texts]\n"
+    )
+    settings = (
+        *(f"output_dir={tmp_path}", "data.eval_prompts=1", "data.eval_samples=2", "endpoint.model=m"),
+        *("endpoint.api_key_env=null", f"reward.functions={{'{tmp_path}/deadly.py:f': 1.0}}"),
+    )
+    with serving(lambda request: completion(["good", "bad"][: request["n"]])) as server:
+        main(configured(*settings, f"endpoint.base_url={server.base_url}"))
+    rows = [json.loads(line) for line in (only_folder(tmp_path) / "eval.jsonl").read_text().splitlines()]
+    assert [[one["reward"] for one in row["candidates"]] for row in rows] == [[1.0, None], [1.0]]
+    assert rows[0]["candidates"][1]["reason"] == "the verifier's process died twice on this candidate"
+
+
+def test_resume_is_for_endpoints() -> None:
+    with pytest.raises(UserError, match="resume goes on with an evaluation of an endpoint"):
+        configured("resume=x")
+
+
 def test_own_rows_are_evaluated_and_a_bad_one_is_named(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"prompt": "Extract: a is 1", "gold": {"a": 1}}) + "\n")
