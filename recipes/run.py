@@ -180,7 +180,7 @@ class Run:
             more = self.start_rollout(others[: len(useless)], number).result()
             for place, group in zip(useless, more.groups, strict=False):
                 result.groups[place] = group
-            result.stats = added(result.stats, more.stats)
+            result.stats = added(more.stats, result.stats)  # the version is that of the round's own prompts
 
     def learn(self, batch: Any) -> dict[str, float]:
         """One round of the learner. If its process dies, a fresh one goes on from the last whole round's state."""

@@ -106,3 +106,19 @@ def test_a_run_goes_on_from_an_adapter_and_resume_after_a_lost_learner_changes_n
     assert curves[0] == curves[1]
     # version 1 is the adapter that the run started from
     assert [row["rollout_policy_version"] for row in curves[0]] == [1, 2]
+
+
+@pytest.mark.slow
+def test_a_rollout_may_run_ahead_of_learning_and_useless_groups_are_refilled(tmp_path: Path) -> None:
+    short = (*SHORT, "rounds=3", "rollout.prompts_per_round=16", "data.eval_prompts=16", "reward.design=binary")
+    ahead = ("grpo.async_steps=1", "grpo.refill=true", "rollout.num_candidates=4")
+    ended = run("recipes.grpo_extract", *short, *ahead, cwd=tmp_path)
+    assert ended.status == 0, ended.stderr
+    metrics = rows(only_run(tmp_path) / "metrics.jsonl")
+    assert [row["rollout_policy_version"] for row in metrics] == [0, 0, 1]
+    assert [row["policy_version"] for row in metrics] == [1, 2, 3]
+    # the second round's candidates are of an older policy than the one that learns from them
+    assert metrics[0]["mismatch/max"] < 1e-4 < metrics[1]["mismatch/max"]
+    # with exact or not as reward and four candidates, groups of one reward are common; others were drawn for them
+    assert all(row["prompts"] == 16 for row in metrics)
+    assert metrics[0]["generated_tokens"] > 16 * 4 * metrics[0]["completions/mean_length"]
