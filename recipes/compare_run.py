@@ -203,11 +203,7 @@ def append(path: Path, row: Mapping[str, Any]) -> None:
 def held_out(config: LearnConfig) -> list[Example]:
     """The rows on which a run was measured."""
     data = config.data
-    return (
-        load_dataset_rows(data.eval)
-        if data.eval
-        else task_of(config).generate(config, "test", data.eval_prompts)
-    )
+    return load_dataset_rows(data.eval) if data.eval else task_of(config).generate(config, "test", data.eval_prompts)
 
 
 def last_words(log: Path) -> str:
