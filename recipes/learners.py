@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ember_ray.config.errors import UserError
+from ember_ray.config.errors import UserError, user_faults
 from ember_ray.config.schema import LearnConfig
 from ember_ray.data.example import Example
 from ember_ray.train.grpo_options import GrpoOptions
@@ -52,7 +52,11 @@ class Algorithm:
         return int(config.rollout.prompts_per_round)
 
     def learner_options(self, config: LearnConfig) -> LearnerOptions:
-        """The learner's options, with the length of the schedule and the run's seed."""
+        """The learner's options, with the length of the schedule and the run's seed.
+
+        Raises:
+            UserError: settings do not fit each other.
+        """
         section = getattr(config, self.section).model_dump()
         if section.get("reference") == "engine":  # what it cannot score is left out, and counted, by the learner
             limit = context_length(config)
@@ -63,10 +67,16 @@ class Algorithm:
         values: dict[str, Any] = {
             name: tuple(v) if isinstance(v, list) else v for name, v in section.items() if name in known
         }
-        return self.options(**values, planned_steps=config.rounds * self.steps_a_round(config), seed=config.seed)
+        with user_faults(ValueError):
+            return self.options(**values, planned_steps=config.rounds * self.steps_a_round(config), seed=config.seed)
 
     def plan(self, config: LearnConfig) -> str:
-        """The line of the plan about learning."""
+        """The line of the plan about learning.
+
+        Raises:
+            UserError: see `learner_options`.
+        """
+        self.learner_options(config)
         steps, section = self.steps_a_round(config), getattr(config, self.section)
         per_step = section.per_device_train_batch_size * section.gradient_accumulation_steps
         return (
@@ -100,12 +110,14 @@ def _candidates(config: Any) -> int:
 
 
 def _pairs(config: Any) -> int:
-    per_prompt = config.dpo.pairs_per_prompt or math.comb(config.rollout.num_candidates, 2)
-    return config.rollout.prompts_per_round * per_prompt
+    candidates, asked = config.rollout.num_candidates, config.dpo.pairs_per_prompt
+    most = {"best_worst": candidates // 2, "all_margin": math.comb(candidates, 2), "oracle": candidates}
+    return config.rollout.prompts_per_round * min(asked or math.inf, most[config.dpo.pair_choice])
 
 
 def _chosen(config: Any) -> int:
-    return config.rollout.prompts_per_round * config.best_of_n.per_prompt
+    candidates = config.rollout.num_candidates
+    return config.rollout.prompts_per_round * min(config.best_of_n.per_prompt or candidates, candidates)
 
 
 SFT = Demonstrations("sft", "sft", "sft", SftOptions, lambda c: c.sft.rows_per_round, False, "demonstrations")

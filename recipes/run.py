@@ -67,6 +67,7 @@ class Run:
 
     def __init__(self, config: LearnConfig, algorithm: Algorithm, console: Console) -> None:
         self.config, self.algorithm, self.console = config, algorithm, console
+        algorithm.learner_options(config)  # what it refuses is told before anything is made
         self.train, self.held_out = load_rows(config, algorithm)
         if config.resume is not None:
             self.folder = RunFolder.reopen(config.resume, config, MAY_DIFFER)

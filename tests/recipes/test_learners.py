@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
 from ember_ray.assets import tiny_model_path
 from ember_ray.config.errors import UserError
 from ember_ray.config.learning import DpoSection
-from ember_ray.config.schema import DpoExtractConfig, GrpoExtractConfig, SftExtractConfig
+from ember_ray.config.schema import (
+    BestOfNExtractConfig,
+    DpoExtractConfig,
+    GrpoExtractConfig,
+    LearnConfig,
+    SftExtractConfig,
+)
 from ember_ray.config.sections import RolloutSection
 from ember_ray.data.example import Example
 from ember_ray.model.qwen3_config import read_model_config
+from ember_ray.tracking.console import Console
 from ember_ray.train.options import DpoOptions
 from recipes import extract_task, sql_task
-from recipes.learners import DPO, GRPO, SFT
+from recipes.learners import BEST_OF_N, DPO, GRPO, SFT, Algorithm
+from recipes.run import Run
 
 
 def test_steps_are_counted_over_the_whole_run() -> None:
@@ -38,6 +47,27 @@ def test_steps_are_counted_over_the_whole_run() -> None:
     assert isinstance(options, DpoOptions)
     assert (options.planned_steps, options.seed, options.lr_scheduler_type) == (24, 7, "cosine")
     assert options.loss_type == ("sigmoid", "sft")
+
+
+def test_all_candidates_and_all_pairs_are_counted() -> None:
+    def planned(algorithm: Algorithm, kind: type[LearnConfig], **settings: object) -> int | None:
+        values = {"rounds": 1, "rollout": {"prompts_per_round": 10, "num_candidates": 4}}
+        more = {algorithm.section: {"per_device_train_batch_size": 10, **settings}}
+        return algorithm.learner_options(kind.model_validate({**values, **more})).planned_steps
+
+    assert [planned(BEST_OF_N, BestOfNExtractConfig, per_prompt=n) for n in (0, 1, 3, 9)] == [4, 1, 3, 4]
+    for choice, most in (("best_worst", 2), ("all_margin", 6), ("oracle", 4)):
+        found = [planned(DPO, DpoExtractConfig, pair_choice=choice, pairs_per_prompt=n) for n in (0, 1, 9)]
+        assert found == [most, 1, most]
+
+
+def test_settings_that_do_not_fit_each_other_are_told_before_anything_starts(tmp_path: Path) -> None:
+    config = GrpoExtractConfig.model_validate({"output_dir": str(tmp_path), "grpo": {"loss_type": "cispo"}})
+    with pytest.raises(UserError, match="grpo options: loss_type 'cispo' needs epsilon_high"):
+        GRPO.plan(config)
+    with pytest.raises(UserError, match="needs epsilon_high"):
+        Run(config, GRPO, Console())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_passes_over_a_round_are_steps_of_the_schedule() -> None:
