@@ -22,6 +22,7 @@ from ember_ray.config.load import load_config
 from ember_ray.config.schema import LearnConfig
 from ember_ray.data.example import Example
 from ember_ray.data.formats import load_dataset_rows
+from ember_ray.data.splits import hold_out
 from ember_ray.tracking.comparison_cells import Cell, recipe_class, runs_of
 from ember_ray.tracking.comparison_rows import QUALITY, cell_row, find_run, machine_words
 from ember_ray.tracking.files import json_line, read_jsonl, told_plainly, write_jsonl
@@ -203,7 +204,11 @@ def append(path: Path, row: Mapping[str, Any]) -> None:
 def held_out(config: LearnConfig) -> list[Example]:
     """The rows on which a run was measured."""
     data = config.data
-    return load_dataset_rows(data.eval) if data.eval else task_of(config).generate(config, "test", data.eval_prompts)
+    if data.eval is not None:
+        return load_dataset_rows(data.eval)
+    if data.train is not None:
+        return hold_out(load_dataset_rows(data.train), data.eval_prompts, config.seed)[1]
+    return task_of(config).generate(config, "test", data.eval_prompts)
 
 
 def last_words(log: Path) -> str:

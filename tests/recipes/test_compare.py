@@ -16,8 +16,11 @@ from hypothesis import strategies as st
 from ember_ray.config.compare_schema import CompareConfig
 from ember_ray.config.errors import ConfigError, UserError
 from ember_ray.config.load import load_config
+from ember_ray.config.schema import DpoExtractConfig
 from ember_ray.tracking.comparison_cells import LEARNERS, Cell, check_cell, plan_cells
-from recipes.compare_run import Comparison, append, last_words, locked, whole_rows
+from recipes.compare_run import Comparison, append, held_out, last_words, locked, whole_rows
+from recipes.learners import DPO
+from recipes.setup import load_rows
 from tests.support.command_line import ROOT, Command, run
 
 RECIPE = "recipes.compare"
@@ -135,6 +138,15 @@ def test_a_row_of_other_settings_is_not_taken_for_the_cell(tmp_path: Path) -> No
     append(tmp_path / "cells.jsonl", {"cell": cells[0].id, "settings": [*cells[0].settings, "rounds=9"]})
     with pytest.raises(UserError, match=f"{cells[0].id} made with other settings .rounds=9."):
         Comparison(config, cells)
+
+
+def test_a_cell_is_read_with_the_rows_that_its_run_held_out(tmp_path: Path) -> None:
+    rows = [{"prompt": f"a is {n}", "gold": {"a": n}, "schema": {"type": "object"}} for n in range(20)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for data in ({"train": str(tmp_path / "own.jsonl")}, {"eval_prompts": 3, "train_examples": 64}):
+        config = DpoExtractConfig.model_validate({"data": data, "output_dir": str(tmp_path / "runs"), "seed": 5})
+        measured = [row.example.id for row in load_rows(config, DPO)[1]]
+        assert [example.id for example in held_out(config)] == measured
 
 
 def test_one_call_at_a_time(tmp_path: Path) -> None:
