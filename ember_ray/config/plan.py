@@ -97,7 +97,9 @@ def render_plan(config: LearnConfig, stages: Sequence[StagePlan], learning: str,
         ("learning", learning),
         (
             "publication",
-            "after every round" if rollout.publish else "off (control experiment: the engine keeps the base model)",
+            "after every round"
+            if rollout.publish
+            else "off (control experiment: the engine keeps the policy that the run starts from)",
         ),
         (
             "evaluation",
