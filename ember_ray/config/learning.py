@@ -156,5 +156,8 @@ class GrpoSection(OptimizerSection):
         False, description="Roll out other prompts in place of groups whose rewards are all equal, once a round."
     )
     async_steps: int = Field(
-        0, ge=0, description="Rounds that the rollout may run ahead of learning; the policy is that much older."
+        0,
+        ge=0,
+        description="Rounds that the rollout may run ahead of learning; the policy is that much older. The first rounds "
+        "after a resume are not ahead.",
     )

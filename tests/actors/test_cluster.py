@@ -139,7 +139,7 @@ def test_no_process_is_left_however_the_driver_ends(tiny_model: str, tmp_path: P
             os.killpg(driver.pid, signal.SIGINT)  # and again, from the impatient
         else:
             driver.send_signal(signal.SIGKILL)
-        errors = driver.communicate(timeout=60)[1]
+        errors = driver.communicate(timeout=150)[1]
         assert driver.returncode != 0
         assert ("KeyboardInterrupt" in errors) is (how == "SIGINT")
         assert wait_until_gone(mark, limit_s=15.0 if how == "SIGKILL" else 0.0) == []

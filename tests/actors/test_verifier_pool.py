@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -145,7 +146,7 @@ class TestPool:
         while not pool.ready:
             pool.take(ray.wait(pool.waitables, timeout=1)[0])
         pool.submit(items(["slow"] * 20))
-        (worker,) = [child for child in _children() if "VerifierActor" in " ".join(child.cmdline())]
+        (worker,) = [child for child in _children() if "VerifierActor" in _command(child)]
         os.kill(worker.pid, signal.SIGKILL)
         found = collect(pool, 20)
         assert all(verdict.reward == 1.0 for verdict in found.values())
@@ -174,6 +175,16 @@ class TestPool:
         pool = make_pool("nonsense", actors=1)
         with pytest.raises(ValueError, match="no reward function 'nonsense'"):
             collect(pool, 1)
+
+
+def _command(process: Any) -> str:
+    """Its command line; empty for one that has ended meanwhile."""
+    import psutil
+
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # ended; a zombie is one too
+        return ""
 
 
 def _children() -> list:
