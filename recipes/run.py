@@ -323,7 +323,11 @@ class Run:
 
     def _measure_mismatch(self, groups: list[ScoredGroup]) -> dict[str, float]:
         limit = getattr(self.config, self.algorithm.section).mismatch_candidates
-        return self.session.call("comparing", self.learner.mismatch.remote(groups, limit))
+        try:
+            return self.session.call("comparing", self.learner.mismatch.remote(groups, limit))
+        except ActorLost as lost:  # the next round makes a fresh learner; nothing that was learnt hangs on this
+            self.console.info(f"engine and learner were not compared: {lost}")
+            return {}
 
     def finish(self, status: str) -> None:
         """Summary, tracker and report, of whatever there is."""

@@ -158,6 +158,6 @@ class GrpoSection(OptimizerSection):
     async_steps: int = Field(
         0,
         ge=0,
-        description="Rounds that the rollout may run ahead of learning; the policy is that much older. The first rounds "
-        "after a resume are not ahead.",
+        description="Rounds that the rollout may run ahead of learning; the policy is that much older. The first "
+        "rounds after a resume are not ahead.",
     )

@@ -69,7 +69,7 @@ def test_a_run_goes_on_from_an_adapter_and_resume_after_a_lost_learner_changes_n
     adapter = tmp_path / "adapter"
     network = AutoModelForCausalLM.from_pretrained(tiny_model_path())
     make_adapter(network, adapter, r=16, lora_alpha=0.2, target_modules=list(LINEAR_LAYERS))
-    short = [*SHORT, "rollout.prompts_per_round=24", "data.eval_prompts=32"]
+    short = [*SHORT, "rounds=3", "rollout.prompts_per_round=24", "data.eval_prompts=32"]
     short += [f"model.adapter={adapter}", "lora.lora_alpha=0.2", "grpo.learning_rate=0.01"]
 
     def grpo(name: str, disturb: bool) -> tuple[Ended, Path]:
@@ -105,7 +105,7 @@ def test_a_run_goes_on_from_an_adapter_and_resume_after_a_lost_learner_changes_n
     ]
     assert curves[0] == curves[1]
     # version 1 is the adapter that the run started from
-    assert [row["rollout_policy_version"] for row in curves[0]] == [1, 2]
+    assert [row["rollout_policy_version"] for row in curves[0]] == [1, 2, 3]
 
 
 @pytest.mark.slow
