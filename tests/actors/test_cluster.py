@@ -92,6 +92,7 @@ def wait_until_gone(mark: str, limit_s: float) -> list[psutil.Process]:
 
 
 DRIVER = """
+import signal
 import sys
 from actors import cluster
 from actors.messages import CoordinatorSettings
@@ -101,6 +102,7 @@ from ember_ray.engine.sampling_params import SamplingParams
 from actors.messages import PromptRow
 from ember_ray.data.example import Example
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started us with it ignored
 with cluster.start(1, run="test") as made:
     assert made.owned and made.nodes == 1 and made.dashboard_url.startswith("http://127.0.0.1:")
     assert made.token_path.is_file()
