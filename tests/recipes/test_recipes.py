@@ -22,7 +22,7 @@ SHORT = (
     "ray.dashboard=false",
     "tracker=none",
 )
-MORE = {"sft": ("rounds=3", "sft.rows_per_round=64")}
+MORE = {"sft": ("rounds=3", "sft.rows_per_round=64"), "grpo": ("rollout.prompts_per_round=48",)}
 
 
 def only_run(folder: Path) -> Path:
@@ -69,7 +69,7 @@ def test_a_run_goes_on_from_an_adapter_and_resume_after_a_lost_learner_changes_n
     adapter = tmp_path / "adapter"
     network = AutoModelForCausalLM.from_pretrained(tiny_model_path())
     make_adapter(network, adapter, r=16, lora_alpha=0.2, target_modules=list(LINEAR_LAYERS))
-    short = [*SHORT, "rounds=3", "rollout.prompts_per_round=24", "data.eval_prompts=32"]
+    short = [*SHORT, "rounds=3", "rollout.prompts_per_round=8", "data.eval_prompts=8", "data.train_examples=64"]
     short += [f"model.adapter={adapter}", "lora.lora_alpha=0.2", "grpo.learning_rate=0.01"]
 
     def grpo(name: str, disturb: bool) -> tuple[Ended, Path]:
