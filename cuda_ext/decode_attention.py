@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cuda_ext import library
-from cuda_ext.decode_groups import ITEM_QUERY_ROWS, DecodeGroups, PaddedGroups
+from cuda_ext.decode_groups import DecodeGroups, PaddedGroups
 
 
 def group_decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, groups: DecodeGroups, scale: float) -> Tensor:
@@ -48,8 +48,10 @@ def _launch(q: Tensor, k_cache: Tensor, v_cache: Tensor, groups: DecodeGroups, s
         raise ValueError(f"decode attention takes one dtype of {list(library.DTYPES)}, not {q.dtype}, {k_cache.dtype}")
     if not (q.is_contiguous() and k_cache.is_contiguous() and v_cache.is_contiguous()):
         raise ValueError("decode attention needs contiguous queries and caches")
-    if groups.item_rows * (heads // kv_heads) > max(ITEM_QUERY_ROWS, heads // kv_heads):
-        raise ValueError(f"decode groups were built for fewer than {heads // kv_heads} query heads a KV head")
+    if groups.heads_per_kv_head < heads // kv_heads:
+        raise ValueError(
+            f"decode groups for {groups.heads_per_kv_head} query heads a KV head do not hold {heads // kv_heads}"
+        )
     out = torch.empty_like(q)
     partials = torch.empty((max(1, groups.num_partials), heads, head_dim), dtype=torch.float16, device=q.device)
     stats = torch.empty((max(1, groups.num_partials), heads, 4), dtype=torch.float32, device=q.device)

@@ -109,7 +109,7 @@ class DecodeGroups:
         storage: the one tensor that all of the above are parts of, in the layout of ``capacity``.
         capacity: the sizes.
         block_size: tokens of a KV block.
-        item_rows: most rows of an item.
+        heads_per_kv_head: query heads that share a KV head; items were cut for no more.
         split_tokens: tokens of a piece.
     """
 
@@ -126,24 +126,12 @@ class DecodeGroups:
     storage: Tensor
     capacity: DecodeCapacity
     block_size: int
-    item_rows: int
+    heads_per_kv_head: int
     split_tokens: int = SPLIT_TOKENS
 
     @property
     def num_partials(self) -> int:
         return self.capacity.partials
-
-    def load(self, arrays: DecodeArrays) -> None:
-        """Replaces the contents, in one copy; a captured graph reads the new ones.
-
-        Raises:
-            ValueError: the arrays were built for other sizes.
-        """
-        ours = (self.capacity, self.block_size, self.split_tokens)
-        theirs = (arrays.capacity, arrays.block_size, arrays.split_tokens)
-        if ours != theirs or arrays.item_rows > self.item_rows:
-            raise ValueError(f"decode groups of {theirs} do not fit those of {ours}; build them with this capacity")
-        self.storage.copy_(torch.from_numpy(arrays.storage), non_blocking=True)
 
     @cached_property
     def padded(self) -> PaddedGroups:
@@ -158,7 +146,7 @@ class DecodeArrays:
     storage: np.ndarray
     capacity: DecodeCapacity
     block_size: int
-    item_rows: int
+    heads_per_kv_head: int
     split_tokens: int = SPLIT_TOKENS
 
     def parts(self) -> dict[str, np.ndarray]:
@@ -178,7 +166,7 @@ class DecodeArrays:
         target["row_group"][:] = -1
         for name, values in self.parts().items():
             target[name][: len(values)] = values
-        return DecodeArrays(storage, capacity, self.block_size, self.item_rows, self.split_tokens)
+        return DecodeArrays(storage, capacity, self.block_size, self.heads_per_kv_head, self.split_tokens)
 
     def to(self, device: str | torch.device) -> DecodeGroups:
         """On a device, in one copy."""
@@ -188,7 +176,7 @@ class DecodeArrays:
             storage=storage,
             capacity=self.capacity,
             block_size=self.block_size,
-            item_rows=self.item_rows,
+            heads_per_kv_head=self.heads_per_kv_head,
             split_tokens=self.split_tokens,
         )
 
@@ -320,7 +308,7 @@ def build_decode_groups(
         "suffix_blocks": suffix_flat,
     }.items():
         target[name][: len(values)] = values
-    return DecodeArrays(storage, capacity, block_size, min(most_rows, int(rows_of.max(initial=1))), split_tokens)
+    return DecodeArrays(storage, capacity, block_size, heads_per_kv_head, split_tokens)
 
 
 def _rectangle(blocks: np.ndarray, starts: np.ndarray, lens: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -90,7 +90,7 @@ class CudaRunner:
         self._buffers = DecodeBuffers(options.max_num_seqs, options.block_size, model.config.share, options.device)
         self._results = torch.zeros(4, self._steps, options.max_num_seqs, dtype=torch.int32, device=options.device)
         self._outputs = _step_outputs(self._results, self._buffers.step)
-        self._graphs: dict[tuple[int, tuple[int, int]], torch.cuda.CUDAGraph] = {}  # by adapter signature and shape
+        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}  # by adapter signature and padded rows
         self._pool: Any = None  # of memory that the graphs share
         self._capture_stream = torch.cuda.Stream()
         self._last_hidden: dict[int, Tensor] = {}  # group number -> final-norm output behind its prompt
@@ -101,10 +101,10 @@ class CudaRunner:
 
     def run(self, plan: StepPlan) -> _Pending:
         """Enqueues a plan; does not wait, except where a graph has to be captured first."""
-        shape = self._prepare(plan) if plan.decodes else (0, 0)
+        rows = self._prepare(plan) if plan.decodes else 0
         start = torch.cuda.Event(enable_timing=True)
         start.record()
-        results = self._decode(plan, shape) if plan.decodes else self._prefill(plan)
+        results = self._decode(plan, rows) if plan.decodes else self._prefill(plan)
         host = host_tensor(results.shape, torch.int32, results.device)
         host.copy_(results, non_blocking=True)
         done = torch.cuda.Event(enable_timing=True)
@@ -204,14 +204,14 @@ class CudaRunner:
 
     # -- decodes ---------------------------------------------------------------------------------------------------
 
-    def _decode(self, plan: StepPlan, shape: tuple[int, int]) -> Tensor:
+    def _decode(self, plan: StepPlan, rows: int) -> Tensor:
         """All steps of a plan; returns [4, steps, rows] int32."""
         self._adopt([sequence for sequence in plan.decodes if not self._slots.owns(sequence)])
         self._buffers.fill(self._slots.rows(plan.decodes))
-        graph = self._graphs.get((self._adapters.signature, shape))
+        graph = self._graphs.get((self._adapters.signature, rows))
         for _ in range(plan.num_steps):
             if graph is None:
-                self._step(shape)
+                self._step(rows)
             else:
                 graph.replay()
         return self._results
@@ -233,12 +233,11 @@ class CudaRunner:
         self._state.num_tokens.index_copy_(0, rows["index"], rows["known"])
         self._state.finished.index_fill_(0, rows["index"], 0)
 
-    def _step(self, shape: tuple[int, int]) -> None:
+    def _step(self, rows: int) -> None:
         """One decode step of the rows in the buffers; runs unchanged inside a graph capture."""
-        size, item_rows = shape
-        params, groups, state = self._buffers.params(size), self._buffers.groups(item_rows), self._state
+        params, groups, state = self._buffers.params(rows), self._buffers.groups, self._state
         token_ids, positions, kv_slots = decode_inputs(
-            params, state, groups.suffix_blocks, groups.suffix_starts[:size], groups.suffix_lens[:size],
+            params, state, groups.suffix_blocks, groups.suffix_starts[:rows], groups.suffix_lens[:rows],
             self._options.block_size, self._trash_slot,
         )  # fmt: skip
 
@@ -251,41 +250,39 @@ class CudaRunner:
         drawn = sample_rows(self._model.head(x, residual), None, params, state)
         append_tokens(*drawn, params, state, self._outputs)
 
-    def _prepare(self, plan: StepPlan) -> tuple[int, int]:
-        """The shape of a plan's graph, which is captured if it is not there: padded rows, and rows of a work item."""
-        size = next(size for size in self._sizes if size >= len(plan.decodes))
-        item_rows, moved = self._buffers.prepare(plan.decodes, plan.counts)
-        if moved:
+    def _prepare(self, plan: StepPlan) -> int:
+        """The padded rows of a plan; their graph is captured if it is not there."""
+        rows = next(size for size in self._sizes if size >= len(plan.decodes))
+        if self._buffers.prepare(plan.decodes, plan.counts):
             self._graphs.clear()  # they read the old ones
-        shape = (size, item_rows)
-        if not self._options.enforce_eager and (self._adapters.signature, shape) not in self._graphs:
-            self._make_graph(shape)
-        return shape
+        if not self._options.enforce_eager and (self._adapters.signature, rows) not in self._graphs:
+            self._make_graph(rows)
+        return rows
 
-    def _make_graph(self, shape: tuple[int, int]) -> None:
+    def _make_graph(self, rows: int) -> None:
         signature, kept = self._adapters.signature, self._adapters.signatures_kept
         self._graphs = {key: graph for key, graph in self._graphs.items() if key[0] in kept}
         if not self._graphs:
             # A pool dies with the last graph in it. The largest batch goes into a new one first: all others fit into
             # the memory that it took.
             self._pool = torch.cuda.graph_pool_handle()
-            largest = (self._sizes[-1], shape[1])
+            largest = self._sizes[-1]
             self._graphs[signature, largest] = self._capture(largest)
-        if (signature, shape) not in self._graphs:
-            self._graphs[signature, shape] = self._capture(shape)
+        if (signature, rows) not in self._graphs:
+            self._graphs[signature, rows] = self._capture(rows)
 
-    def _capture(self, shape: tuple[int, int]) -> torch.cuda.CUDAGraph:
+    def _capture(self, rows: int) -> torch.cuda.CUDAGraph:
         # rows that are all padding change no candidate and write K and V where nobody reads
         torch.cuda.synchronize()
         self._buffers.clear()
         self._capture_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._capture_stream):
-            self._step(shape)  # libraries set themselves up at their first call, which a capture does not allow
+            self._step(rows)  # libraries set themselves up at their first call, which a capture does not allow
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         # one stream for all: cuBLAS keeps a workspace for each that it was called on
         with torch.cuda.graph(graph, pool=self._pool, stream=self._capture_stream):
-            self._step(shape)
+            self._step(rows)
         return graph
 
 

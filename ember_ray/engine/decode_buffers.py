@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from cuda_ext.decode_groups import (
-    ITEM_QUERY_ROWS,
     SPLIT_TOKENS,
     DecodeArrays,
     DecodeCapacity,
@@ -88,23 +87,21 @@ class DecodeBuffers:
         """Makes all rows padding."""
         self._fill({"slot": np.empty(0, np.int32)}, self._padding)
 
-    def prepare(self, decodes: Seq[Sequence], counts: Seq[int]) -> tuple[int, bool]:
+    def prepare(self, decodes: Seq[Sequence], counts: Seq[int]) -> bool:
         """Arranges the groups of a plan for :meth:`fill`.
 
         Args:
             counts: decode steps that are planned for each.
 
         Returns:
-            The width of the kernel's work items that it needs, a power of two of rows or the most there is; and whether
-            the buffers had to be made anew, at other places, because they were too small.
+            Whether the buffers had to be made anew, at other places, because they were too small.
         """
         arrays = decode_group_arrays(decodes, self._block_size, self._share, counts, self._split)
         moved = not self._groups.capacity.holds(arrays.capacity)
         if moved:
             self._make_groups(_grown(self._groups.capacity, arrays.capacity))
         self._next = arrays.laid_out(self._groups.capacity)
-        most = max(1, ITEM_QUERY_ROWS // self._share)
-        return min(1 << (self._next.item_rows - 1).bit_length(), most), moved
+        return moved
 
     def fill(self, rows: dict[str, np.ndarray]) -> None:
         """Uploads a plan's rows and the groups that :meth:`prepare` arranged."""
@@ -125,6 +122,7 @@ class DecodeBuffers:
         """The first rows' parameters."""
         return RowParams(**{name: self._buffers.tensors[name][:rows] for name in _ROW_DTYPES})
 
-    def groups(self, item_rows: int) -> DecodeGroups:
-        """The groups, for work items of that width."""
-        return replace(self._groups, item_rows=item_rows)
+    @property
+    def groups(self) -> DecodeGroups:
+        """Of the plan that was filled in last; a new object each time: it remembers what is made of them."""
+        return replace(self._groups)

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -127,7 +125,7 @@ def test_items_cover_every_token_once_at_every_step(groups: list[Group], share: 
     parts = arrays.parts()
     items = parts["items"][: parts["num_items"][0]]
     assert (np.diff(items[:, 5]) <= 0).all(), "long items come first"
-    assert items[:, 1].max(initial=1) <= arrays.item_rows and arrays.item_rows * share <= max(64, share)
+    assert items[:, 1].max(initial=1) <= max(1, 64 // share)
     rows = np.arange(arrays.capacity.rows)
     prefix_len = parts["prefix_lens"][parts["row_group"]]
     for step in {0, steps // 2, steps - 1}:
@@ -153,19 +151,6 @@ def test_items_cover_every_token_once_at_every_step(groups: list[Group], share: 
         assert (covered == prefix_len + own * split).all()
         ends = np.append(parts["partial_starts"][1:], arrays.capacity.partials)
         assert (parts["partial_starts"] + splits <= ends).all()
-
-
-def test_decode_groups_keep_their_tensors_when_loaded_anew() -> None:
-    small = build([(20, [3, 4])], 16, 1)
-    capacity = spacious(small.capacity, 2)
-    groups = build([(9, [1])], 16, 2, capacity=capacity, heads_per_kv_head=4).to("cpu")
-    groups = replace(groups, item_rows=2)
-    where = groups.row_group.data_ptr()
-    groups.load(build([(20, [3, 4])], 16, 1, capacity=capacity))
-    assert groups.row_group.data_ptr() == where and groups.row_group.tolist() == [0, 0, -1, -1]
-    assert groups.suffix_lens.tolist() == [3, 4, 0, 0] and groups.num_items.tolist() == [1]
-    with pytest.raises(ValueError, match="build them with this capacity"):
-        groups.load(small)
 
 
 @pytest.mark.parametrize(

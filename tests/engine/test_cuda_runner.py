@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -134,9 +135,12 @@ def test_any_number_of_query_heads_may_share_a_kv_head(share: int) -> None:
         rows = [
             Sequence(group, 0, "r", n, n, PARAMS[0], 0, 14, block_table=[n + 1], num_computed=1) for n in range(count)
         ]
-        item_rows, _ = buffers.prepare(rows, [1] * count)
-        assert item_rows * share <= ITEM_QUERY_ROWS, "more query rows than the kernel takes"
-        assert item_rows >= min(count, ITEM_QUERY_ROWS // share) // 2
+        buffers.prepare(rows, [1] * count)
+        buffers.fill({"slot": np.arange(count, dtype=np.int32)})
+        groups = buffers.groups
+        items = groups.items[: int(groups.num_items)]
+        assert int(items[:, 1].max()) * share <= ITEM_QUERY_ROWS, "more query rows than the kernel takes"
+        assert groups.heads_per_kv_head == share and int(items[:, 1].sum()) == count
 
 
 def fail_at(engine: StageEngine, runner: Any, step: int, fault: BaseException) -> Any:

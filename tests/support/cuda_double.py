@@ -53,21 +53,22 @@ class _Graph:
 
     pool: _Pool | None = None
 
-    def captured(self, runner: DoubledRunner, shape: tuple[int, int], pool: _Pool) -> None:
-        self.pool, self.runner, self.shape = pool, runner, shape
+    def captured(self, runner: DoubledRunner, rows: int, pool: _Pool) -> None:
+        self.pool, self.runner, self.rows = pool, runner, rows
         pool.num_graphs += 1
-        params, groups = runner._buffers.params(shape[0]), runner._buffers.groups(shape[1])
+        params, groups = runner._buffers.params(rows), runner._buffers.groups
         self.fixed: dict[str, Any] = {
-            # groups remember what their reference made of the contents: another object at each replay
-            "_buffers": SimpleNamespace(params=lambda rows: params, groups=lambda item_rows: replace(groups)),
+            "_buffers": SimpleNamespace(params=lambda rows: params, groups=groups),
             "_adapters": SimpleNamespace(active=runner._adapters.active),
         }
 
     def replay(self) -> None:
         now = {name: getattr(self.runner, name) for name in self.fixed}
+        # groups remember what their reference made of the contents: another object at each replay
+        self.fixed["_buffers"].groups = replace(self.fixed["_buffers"].groups)
         vars(self.runner).update(self.fixed)
         try:
-            CudaRunner._step(self.runner, self.shape)
+            CudaRunner._step(self.runner, self.rows)
         finally:
             vars(self.runner).update(now)
 
@@ -85,13 +86,13 @@ class DoubledRunner(CudaRunner):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.captures: list[tuple[int, int]] = []
+        self.captures: list[int] = []
 
-    def _step(self, shape: tuple[int, int]) -> None:
-        super()._step(shape)
+    def _step(self, rows: int) -> None:
+        super()._step(rows)
         if DoubledRunner.capturing is not None:
-            DoubledRunner.capturing.captured(self, shape, DoubledRunner.pool)
-            self.captures.append(shape)
+            DoubledRunner.capturing.captured(self, rows, DoubledRunner.pool)
+            self.captures.append(rows)
 
 
 @contextmanager
