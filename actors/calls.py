@@ -15,6 +15,10 @@ class ActorLost(RuntimeError):
     """An actor that the run cannot go on without died or does not answer."""
 
 
+class UpdateLost(ActorLost):
+    """The actor that was to make an update was lost before it had; whoever was to publish it is well."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text that says something; its type's name if there is none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from actors.calls import wait
+from actors.calls import ActorLost, UpdateLost, wait
 from actors.cluster import Cluster
 from actors.messages import CoordinatorSettings, Progress, PromptRow, RolloutResult
 
@@ -15,6 +16,33 @@ if TYPE_CHECKING:
 
 OnProgress = Callable[[Progress], None]
 DAY_S = 86400.0
+AT_WORK = ("generating", "verifying", "recovering", "scoring")
+"""Phases of the coordinator in which what was asked for later waits its turn."""
+
+
+class Patience:
+    """A limit on a change of the policy that does not count the time in which the coordinator is at other work.
+
+    Args:
+        limit_s: seconds.
+        clock: gives seconds.
+    """
+
+    def __init__(self, what: str, limit_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._what, self._limit, self._clock = what, limit_s, clock
+        self._since = clock()
+
+    def look(self, phase: str) -> None:
+        """To be called again and again with the coordinator's phase.
+
+        Raises:
+            ActorLost: the limit is over.
+        """
+        now = self._clock()
+        if phase in AT_WORK:
+            self._since = now
+        elif now - self._since > self._limit:
+            raise ActorLost(f"{self._what} did not end within {self._limit:g} s")
 
 
 class Rollouts:
@@ -96,12 +124,24 @@ class Rollouts:
 
         Raises:
             AdapterError: it is refused, the text says why; the old version serves on.
+            UpdateLost: who was to make the update is lost; the old version serves on.
+            ActorLost: the coordinator is lost.
         """
-        return self._wait(self.handle.publish.remote(update), "the publication", self._change_limit(), None)
+        from ray import ObjectRef
+
+        try:
+            return self._change(self.handle.publish.remote(update), "the publication")
+        except ActorLost as lost:
+            if isinstance(update, ObjectRef):
+                try:
+                    wait(update, "the update", self._limits.call)
+                except ActorLost as fault:
+                    raise UpdateLost(str(fault)) from lost
+            raise
 
     def rollback(self, version: int) -> int:
         """Goes back to an earlier version, exactly; 0 is the base model. Raises AdapterError if it is not kept."""
-        return self._wait(self.handle.rollback.remote(version), "the rollback", self._change_limit(), None)
+        return self._change(self.handle.rollback.remote(version), "the rollback")
 
     def abort(self, request_id: str) -> None:
         """Ends one request of a rollout that runs in another thread."""
@@ -142,9 +182,11 @@ class Rollouts:
     def _watch(self, method: str, *arguments: Any) -> Any:
         return wait(getattr(self.handle, method).remote(*arguments), f"the coordinator's {method}", self._limits.call)
 
-    def _change_limit(self) -> float:
-        """A publication may have to bring up the stages again."""
-        return self._limits.call * 4 + (self._limits.start + self._limits.call) * self._limits.failures
+    def _change(self, ref: Any, what: str) -> int:
+        """Waits for a change of the policy, which may have to bring up the stages again."""
+        limits = self._limits
+        patience = Patience(what, limits.call * 4 + (limits.start + limits.call) * limits.failures)
+        return self._wait(ref, what, DAY_S, lambda progress: patience.look(progress.phase))
 
     def _wait(self, ref: Any, what: str, limit_s: float, on_progress: OnProgress | None) -> Any:
         def tick() -> None:

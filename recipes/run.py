@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from actors.calls import ActorLost
+from actors.calls import ActorLost, UpdateLost
 from actors.messages import PromptRow, RolloutResult
 from ember_ray.config import signals
 from ember_ray.config.cli import run_cli
@@ -96,9 +96,9 @@ class Run:
             self.session = session
             self._make_learner()
             session.ready()
-            self._start_learner()
+            self._keeping_learner(self._start_learner)
             if self.first_version:
-                session.publish(self.learner.adapter_update.remote(self.first_version))
+                self._publish(self.first_version)
             self.before = self._evaluate("before")
             if self.config.resume is not None:
                 self._go_on()
@@ -195,12 +195,8 @@ class Run:
     def publish(self, number: int) -> None:
         """Makes what was learnt the policy of all stages, unless the run is the control experiment without it."""
         begun = time.monotonic()
-        while self.config.rollout.publish:
-            try:
-                self.session.publish(self.learner.adapter_update.remote(self.first_version + number))
-                break
-            except ActorLost as lost:
-                self._revive(lost)
+        if self.config.rollout.publish:
+            self._publish(self.first_version + number)
         self._seconds["publishing"] = time.monotonic() - begun
 
     def record(self, number: int, learnt: dict[str, float], result: RolloutResult | None = None) -> None:
@@ -263,11 +259,27 @@ class Run:
         self.session.call("loading the learner", self._starting)
 
     def _ask_learner(self, phase: str, method: str, argument: Any) -> Any:
+        def ask() -> Any:
+            return self.session.call(phase, getattr(self.learner, method).remote(argument))
+
+        return self._keeping_learner(ask, again=method == "learn")
+
+    def _publish(self, version: int) -> None:
+        """The learner's adapter as it is now. If another actor than the learner is lost, so is the run."""
+        self._keeping_learner(lambda: self.session.publish(self.learner.adapter_update.remote(version)), UpdateLost)
+
+    def _keeping_learner(self, ask: Callable[[], Any], loss: type[ActorLost] = ActorLost, again: bool = False) -> Any:
+        """Asks the learner for something, and a fresh one if it is lost.
+
+        Args:
+            loss: what tells that it is lost.
+            again: see `_revive`.
+        """
         while True:
             try:
-                return self.session.call(phase, getattr(self.learner, method).remote(argument))
-            except ActorLost as lost:
-                self._revive(lost, again=method == "learn")
+                return ask()
+            except loss as lost:
+                self._revive(lost, again)
 
     def _revive(self, lost: ActorLost, again: bool = False) -> None:
         """A fresh learner at the state of the last whole round, which then learns this round's batch again.
@@ -279,7 +291,7 @@ class Run:
             self._revivals += 1
             if self._revivals > MOST_REVIVALS:
                 raise lost
-            self.console.info(f"the learner was lost ({lost}); a fresh one goes on after round {self.rounds_done}")
+            self.console.info(f"the learner was lost ({lost}); a fresh one takes its place")
             try:
                 self._make_learner()
                 self._start_learner()
@@ -299,12 +311,12 @@ class Run:
 
     def _go_on(self) -> None:
         """Brings learner, engine and counts to the end of the last whole round of the run that is resumed."""
-        self.rounds_done = self._load_state()
+        self.rounds_done = self._keeping_learner(self._load_state)
         rows = self.folder.keep_rounds(self.rounds_done)
         for row in rows:
             self.session.count(row)
         if rows and rows[-1]["policy_version"] > self.first_version:
-            self.session.publish(self.learner.adapter_update.remote(rows[-1]["policy_version"]))
+            self._publish(rows[-1]["policy_version"])
         self.console.info(f"going on after round {self.rounds_done}")
 
     def _evaluate(self, when: str) -> Evaluation:

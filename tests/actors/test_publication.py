@@ -11,10 +11,11 @@ import ray
 
 from actors import cluster as clusters
 from actors.adapter_wire import pack_adapter
-from actors.calls import StageLost
+from actors.calls import ActorLost, StageLost, UpdateLost
 from actors.messages import Limits
 from actors.pipeline import Pipeline
 from actors.policy_server import PolicyServer
+from actors.rollouts import Patience, Rollouts
 from ember_ray.model.lora import AdapterError
 
 pytestmark = pytest.mark.slow
@@ -117,3 +118,31 @@ def test_losses_without_end_are_an_error(server, cluster, make_settings) -> None
     with pytest.raises(StageLost, match="3 times in a row"):
         lost.start()
     assert lost.pipeline.stages == []
+
+
+def test_a_lost_maker_of_an_update_is_told_from_a_lost_coordinator(cluster, make_settings, make_update) -> None:
+    @ray.remote(num_cpus=0)
+    class Maker:
+        def update(self) -> None:
+            os._exit(1)
+
+    rollouts = Rollouts(cluster, make_settings((4,)))
+    with pytest.raises(UpdateLost, match="the update was cut off"):
+        rollouts.publish(Maker.remote().update.remote())
+    ray.kill(rollouts.handle)
+    with pytest.raises(ActorLost) as lost:
+        rollouts.publish(ray.put(pack_adapter(make_update(1))))
+    assert not isinstance(lost.value, UpdateLost)
+
+
+def test_a_publication_may_wait_behind_a_rollout_as_long_as_that_takes() -> None:
+    now = 0.0
+    patience = Patience("the publication", 10.0, clock=lambda: now)
+    for phase in ("idle", "generating", "verifying", "recovering", "scoring"):
+        now += 9.0
+        patience.look(phase)
+    now += 10.0
+    patience.look("publishing")
+    now += 0.5
+    with pytest.raises(ActorLost, match="the publication did not end within 10 s"):
+        patience.look("publishing")

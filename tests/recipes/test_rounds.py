@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import recipes.run
-from actors.calls import ActorLost
+from actors.calls import ActorLost, UpdateLost
 from ember_ray.config.schema import GrpoExtractConfig, LearnConfig, SftExtractConfig
 from ember_ray.tracking.console import Console
 from ember_ray.train.adapter_learner import STATE_FILE
@@ -102,7 +102,7 @@ class Learner:
     def answer(self, name: str, arguments: tuple[Any, ...]) -> Any:
         if self.losses and self.losses[0] == name:
             self.losses.pop(0)
-            raise ActorLost(f"{name} was cut off")
+            raise (UpdateLost if name == "adapter_update" else ActorLost)(f"{name} was cut off")
         if name == "learn":
             self.rounds += 1
         elif name == "save_state":
@@ -115,6 +115,36 @@ class Learner:
         return self.rounds
 
 
+class Actors:
+    """A session that asks the learner and nobody else."""
+
+    policy_version = 0
+
+    def __init__(self, losses: list[str]) -> None:
+        self.losses = losses
+
+    def __enter__(self) -> Actors:
+        return self
+
+    def __exit__(self, *fault: object) -> None:
+        pass
+
+    def ready(self) -> None:
+        pass
+
+    def count(self, row: Any) -> None:
+        pass
+
+    def call(self, phase: str, ref: Any) -> Any:
+        return ref[0].answer(*ref[1:])
+
+    def publish(self, ref: Any) -> None:
+        if self.losses[:1] == ["coordinator"]:
+            raise ActorLost("the coordinator was cut off")
+        ref[0].answer(*ref[1:])
+        self.policy_version = ref[2][0]
+
+
 @pytest.fixture
 def run_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
     def make(*losses: str) -> Run:
@@ -122,9 +152,8 @@ def run_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., R
         monkeypatch.setattr(recipes.run, "start_learner", lambda *_: Learner(left))
         run = make_run(tmp_path, SFT, SftExtractConfig, rounds=3, sft={"rows_per_round": 8})
         run.learner_path.mkdir()
-        run.session = SimpleNamespace(  # type: ignore[assignment]
-            call=lambda phase, ref: ref[0].answer(*ref[1:]), policy_version=0, count=lambda row: None, losses=left
-        )
+        run.session = Actors(left)  # type: ignore[assignment]
+        monkeypatch.setattr(recipes.run, "Session", lambda *_: run.session)
         run._make_learner()
         run._start_learner()
         return run
@@ -152,6 +181,39 @@ def test_a_learner_that_is_lost_again_and_again_ends_the_run(run_with: Callable[
     run = run_with(*["learn"] * (MOST_REVIVALS + 1))
     with pytest.raises(ActorLost):
         run.learn([1])
+
+
+@pytest.mark.parametrize("lost", ["start", "adapter_update"])
+def test_a_run_outlives_the_loss_of_a_learner_that_has_learnt_nothing(
+    lost: str, run_with: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_with()
+    run.first_version = 1
+    monkeypatch.setattr(run, "_evaluate", lambda when: ([], []))
+    run.session.losses.append(lost)  # type: ignore[attr-defined]
+    run.run(lambda run: None)
+    assert run.session.losses == [] and run.session.policy_version == 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("lost", ["load_state", "adapter_update"])
+def test_a_run_is_resumed_also_if_the_learner_is_lost_meanwhile(lost: str, run_with: Callable[..., Run]) -> None:
+    run = run_with()
+    (run.learner_path / STATE_FILE).write_text("2")
+    for number in (1, 2):
+        run.folder.append_metrics({"round": number, "policy_version": number})
+    run.session.losses.append(lost)  # type: ignore[attr-defined]
+    run._go_on()
+    assert run.session.losses == []  # type: ignore[attr-defined]
+    assert (run.rounds_done, run.learner.rounds, run.session.policy_version) == (2, 2, 2)
+
+
+def test_the_loss_of_another_actor_is_not_taken_for_the_learners(run_with: Callable[..., Run]) -> None:
+    run = run_with()
+    run.session.losses.append("coordinator")  # type: ignore[attr-defined]
+    learner = run.learner
+    with pytest.raises(ActorLost, match="the coordinator"):
+        run.publish(1)
+    assert run.learner is learner
 
 
 def test_a_run_that_ended_while_its_first_state_was_written_begins_anew(run_with: Callable[..., Run]) -> None:
