@@ -43,6 +43,10 @@ _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 """Ways to start A and B that leave the base weight as it is; all others take something out of it first."""
 
 
+MAX_SCALE = 1000.0
+"""Largest magnitude of s that is taken for meant; usual ones are below 10."""
+
+
 class AdapterError(ValueError):
     """An adapter that cannot be served; the text names what is wrong and where."""
 
@@ -80,6 +84,7 @@ def check_adapter(
     shapes: Mapping[str, tuple[int, int]],
     num_layers: int,
     dtype: torch.dtype = torch.float32,
+    looked_at: range = range(0),
 ) -> LoraLayers:
     """Turns an update into pairs per layer, or refuses it.
 
@@ -89,6 +94,7 @@ def check_adapter(
         num_layers: layers of the whole model (every stage checks the whole update, so that
             all stages refuse the same ones).
         dtype: in which A and B will serve; a value that it cannot hold is as bad as an infinite one.
+        looked_at: layers whose values the caller looks at where it copies them.
 
     Raises:
         AdapterError: unknown module, A without B, wrong shape or rank, NaN or Inf, bad scale, no tensor at all.
@@ -109,7 +115,7 @@ def check_adapter(
             raise AdapterError(
                 f"adapter tensor '{name}' must be a 2-d float tensor, not {tensor.dtype} {tuple(tensor.shape)}"
             )
-        if not bool(torch.isfinite(tensor.to(dtype)).all()):
+        if layer not in looked_at and not bool(torch.isfinite(tensor.to(dtype)).all()):
             raise AdapterError(f"adapter tensor '{name}' has NaN or Inf in {str(dtype).removeprefix('torch.')}")
         if half in halves.setdefault(path, {}):
             raise AdapterError(f"adapter tensor '{name}' is there twice")
@@ -137,10 +143,17 @@ def check_adapter(
         if path not in update.scaling:
             raise AdapterError(f"module '{path}' has no scale")
         scale = float(update.scaling[path])
-        if not math.isfinite(scale):
-            raise AdapterError(f"module '{path}': the scale is {scale}")
+        check_scale(path, scale)
         layers.setdefault(layer, {})[projection] = LoraPair(pair["A"], pair["B"], scale)
     return layers
+
+
+def check_scale(path: str, scale: float) -> None:
+    """Raises AdapterError where a module's s is NaN, infinite or so large that it can only be a mistake."""
+    if not math.isfinite(scale):
+        raise AdapterError(f"module '{path}': the scale is {scale}")
+    if abs(scale) > MAX_SCALE:
+        raise AdapterError(f"module '{path}': the scale is {scale:g}, beyond {MAX_SCALE:g}; alpha / r is meant")
 
 
 def _pattern_value(patterns: Mapping[str, float], path: str, default: float) -> float:

@@ -2,61 +2,83 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
-from cuda_ext.lora import FusedLora, LoraPart
+from cuda_ext.checked_copy import checked_copy, copy_table
 from cuda_ext.rebuild import rebuild_weight
-from ember_ray.model.lora import AdapterError, AdapterUpdate, LoraPair, check_adapter
-from ember_ray.model.qwen3 import FUSED, DecoderLayer, LayerLora
+from ember_ray.model.adapter_layout import (
+    AdapterLayout,
+    FlatAdapter,
+    Gathered,
+    adapter_layout,
+    module_path,
+    refuse_not_finite,
+)
+from ember_ray.model.lora import AdapterError, AdapterUpdate, check_adapter, check_scale
+from ember_ray.model.qwen3 import DecoderLayer, LayerLora
 from ember_ray.model.qwen3_config import Qwen3Config
 
 BASE_VERSION = 0
 """The version of the model without an adapter."""
 
-
-def fuse_lora(pairs: dict[str, LoraPair], config: Qwen3Config, dtype: torch.dtype, device: str) -> LayerLora:
-    """Stacks the A of projections that share an input; copies, so that later training cannot reach in.
-
-    Args:
-        pairs: one layer's projections that have an adapter.
-    """
-    fused_layers: LayerLora = {}
-    for fused, projections in FUSED.items():
-        stacked, parts, row, rank = [], [], 0, 0
-        for name in projections:
-            rows = config.linear_shapes[name][0]
-            if name in pairs:
-                pair = pairs[name]
-                stacked.append(pair.a.to(device=device, dtype=dtype, copy=True))
-                b = pair.b.to(device=device, dtype=dtype, copy=True)
-                parts.append(LoraPart(row, row + rows, rank, rank + b.shape[1], b, pair.scale))
-                rank += b.shape[1]
-            row += rows
-        if stacked:
-            fused_layers[fused] = FusedLora(torch.cat(stacked), tuple(parts))
-    return fused_layers
-
-
-Shape = tuple[object, ...]
-"""Everything of an adapter but the values of A and B."""
-
 SHAPES_KEPT = 2
 """Shapes of adapters whose places stay: with and without an adapter is two."""
 
-
-def _shape(adapter: dict[int, LayerLora]) -> Shape:
-    return tuple(
-        (index, name, tuple(lora.a.shape), tuple((p.first_row, p.b.shape[1], p.scale) for p in lora.parts))
-        for index, layer in sorted(adapter.items())
-        for name, lora in layer.items()
-    )
+SHAPES_KNOWN = 16
+"""Shapes of adapters of which is remembered that they fit the model."""
 
 
-def _copied(lora: FusedLora) -> FusedLora:
-    parts = [LoraPart(p.first_row, p.last_row, p.first_rank, p.last_rank, p.b.clone(), p.scale) for p in lora.parts]
-    return FusedLora(lora.a.clone(), tuple(parts))
+@dataclass(frozen=True, eq=False)
+class _Shape:
+    """Everything of an adapter but the values of A and B; found fit for the model.
+
+    Attributes:
+        layout, scaling: of the whole adapter.
+        own, own_scaling: of this stage's layers.
+        first, first_piece: where those begin in the whole adapter.
+        tables: bytes of an element to the table that copies this stage's pieces out of a whole flat adapter.
+    """
+
+    layout: AdapterLayout
+    scaling: tuple[float, ...]
+    own: AdapterLayout
+    own_scaling: tuple[float, ...]
+    first: int
+    first_piece: int
+    tables: dict[int, Tensor] = field(default_factory=dict)
+
+    def table(self, dtype: torch.dtype, device: str) -> Tensor:
+        size = dtype.itemsize
+        if size not in self.tables:
+            pieces = [(size * (self.first + p.first), p.first, math.prod(p.shape)) for p in self.own.pieces]
+            self.tables[size] = copy_table(pieces, device)
+        return self.tables[size]
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A version that a stage can switch to: its own part of the adapter; None where it has none."""
+
+    shape: _Shape | None = None
+    flat: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where an active adapter lies.
+
+    Attributes:
+        layers: layer index -> fused layer name -> views of flat.
+    """
+
+    signature: int
+    flat: Tensor | None
+    layers: dict[int, LayerLora]
 
 
 class MergedWeights:
@@ -80,25 +102,30 @@ class MergedWeights:
 
         Where it fails in the middle, another switch makes all weights good.
         """
-        for index, layer in self._layers.items():
-            after = adapter.get(index, {})
+        for index, after in adapter.items():
             self._changed[index] |= after.keys()
-            for name in self._changed[index]:
-                rebuild_weight(layer.weights[name], self._golden[index][name], after.get(name))
-            self._changed[index] = set(after)
+        places = [(index, name) for index, names in self._changed.items() for name in sorted(names)]
+        for index, name in places:
+            lora = adapter.get(index, {}).get(name)
+            live, golden = self._layers[index].weights[name], self._golden[index][name]
+            rebuild_weight(live, golden, lora, more=(index, name) != places[-1])
+        self._changed = {index: set(adapter.get(index, {})) for index in self._layers}
 
 
 class AdapterSlots:
     """Versions a stage can serve; one is active. The base model is version 0 and always there.
 
     A new version is staged (checked and copied in) while the old one serves, then committed. Going back is a
-    commit of a version that is still resident, and exact: its tensors were never changed.
+    commit of a version that is still resident, and exact: its tensors were never changed. Versions are held as flat
+    tensors in the order of :class:`~ember_ray.model.adapter_layout.AdapterLayout`.
 
     The active version's A and B are copied into places that stay, one set for each of the shapes in use, so that a
-    CUDA graph that reads them goes on to serve the next version of that shape.
+    CUDA graph that reads them goes on to serve the next version of that shape. Staging and switching work on the
+    current stream; staging waits for what it has seen of the values, switching waits for nothing.
 
     Args:
-        layers: the stage's own layers; of an update only these are kept, but all of it is checked.
+        layers: the stage's own layers; of an update only these are kept. Names, shapes and scales of all of it are
+            checked.
         keep: how many adapters stay resident; those leave that were in use the longest ago, never the active one. A
             reference that is scored with now and then stays.
         merged: where given, the active version is merged into these weights instead of computed beside them.
@@ -119,26 +146,35 @@ class AdapterSlots:
         merged: MergedWeights | None = None,
     ) -> None:
         self._config, self._layers, self._dtype, self._device, self._keep = config, layers, dtype, device, keep
-        self._resident: dict[int, dict[int, LayerLora]] = {BASE_VERSION: {}}
-        self._staged: dict[int, dict[int, LayerLora]] = {}
+        self._resident: dict[int, _Held] = {BASE_VERSION: _Held()}
+        self._staged: dict[int, _Held] = {}
         self._highest = BASE_VERSION
         self._merged = merged
+        self._shapes: list[_Shape] = []
         self.version = BASE_VERSION
-        self.active: dict[int, LayerLora] = {}
-        self.signature = 0
         self._signatures_given = 0
-        self._places: dict[Shape, tuple[int, dict[int, LayerLora]]] = {(): (0, {})}
+        self._active = _Places(0, None, {})
+        self._places: dict[_Shape | None, _Places] = {None: self._active}
+
+    @property
+    def active(self) -> dict[int, LayerLora]:
+        return {} if self._merged is not None else self._active.layers
+
+    @property
+    def signature(self) -> int:
+        return 0 if self._merged is not None else self._active.signature
 
     @property
     def signatures_kept(self) -> set[int]:
         """Signatures that can become active again; the places of all others are gone."""
-        return {signature for signature, _ in self._places.values()}
+        return {places.signature for places in self._places.values()}
 
     @property
     def resident_versions(self) -> list[int]:
         return sorted(self._resident)
 
-    def stage(self, update: AdapterUpdate) -> None:
+    @torch.inference_mode()
+    def stage(self, update: AdapterUpdate | FlatAdapter) -> None:
         """Checks an update and holds it; the active version is untouched.
 
         Raises:
@@ -149,14 +185,9 @@ class AdapterSlots:
                 f"adapter version {update.version} was used before (highest so far {self._highest}); "
                 "versions are never reused"
             )
-        checked = check_adapter(update, self._config.linear_shapes, self._config.num_hidden_layers, self._dtype)
-        self._staged = {
-            update.version: {
-                index: fuse_lora(checked[index], self._config, self._dtype, self._device)
-                for index in self._layers
-                if index in checked
-            }
-        }
+        self._staged = {}
+        held = self._take_flat(update) if isinstance(update, FlatAdapter) else self._take_named(update)
+        self._staged = {update.version: held}
 
     def commit(self, version: int) -> None:
         """Switches to a staged or resident version; where that fails, the one before stays active.
@@ -164,12 +195,12 @@ class AdapterSlots:
         Raises:
             AdapterError: the version is neither.
         """
-        adapter = self._staged.get(version, self._resident.get(version))
-        if adapter is None:
+        held = self._staged.get(version, self._resident.get(version))
+        if held is None:
             known = ", ".join(str(number) for number in self.resident_versions)
             raise AdapterError(f"policy version {version} is not resident (resident: {known})")
         try:
-            self._activate(adapter)
+            self._activate(held)
         except BaseException:
             self._activate(self._resident[self.version])
             raise
@@ -187,24 +218,96 @@ class AdapterSlots:
         """Forgets a staged version; no error when there is none."""
         self._staged.pop(version, None)
 
+    # -- taking over -----------------------------------------------------------------------------------------------
+
+    def _take_named(self, update: AdapterUpdate) -> _Held:
+        config = self._config
+        checked = check_adapter(update, config.linear_shapes, config.num_hidden_layers, self._dtype, self._layers)
+        layout, scaling, tensors = adapter_layout(checked, config.linear_shapes)
+        shape = self._shape(layout, scaling)
+        pieces = shape.own.pieces
+        if not pieces:
+            return _Held()
+        own = tensors[shape.first_piece : shape.first_piece + len(pieces)]
+        flat = torch.empty(shape.own.numel, dtype=self._dtype, device=self._device)
+        refuse_not_finite(Gathered.of(own, shape.own, self._device).copy_to(flat).cpu(), pieces, self._dtype)
+        return _Held(shape, flat)
+
+    def _take_flat(self, update: FlatAdapter) -> _Held:
+        shape, whole = self._shape(update.layout, update.scaling), update.flat
+        if whole.shape != (update.layout.numel,) or not whole.is_floating_point() or not whole.is_contiguous():
+            raise AdapterError(
+                f"adapter version {update.version}: its flat tensor must be [{update.layout.numel}] floats, not "
+                f"{tuple(whole.shape)} {whole.dtype}"
+            )
+        pieces = shape.own.pieces
+        if not pieces:
+            return _Held()
+        base, table = whole.to(self._device, non_blocking=True), shape.table(whole.dtype, self._device)
+        flat = torch.empty(shape.own.numel, dtype=self._dtype, device=self._device)
+        seen = checked_copy(flat, base, table, whole.dtype).cpu()
+        refuse_not_finite(seen, pieces, self._dtype)
+        if update.checksums is not None:
+            if whole.dtype != self._dtype:  # what was published has other bits
+                same = torch.empty(shape.own.numel, dtype=whole.dtype, device=self._device)
+                seen = checked_copy(same, base, table, whole.dtype).cpu()
+            published = update.checksums[shape.first_piece : shape.first_piece + len(pieces)]
+            if not torch.equal(seen[:, 1], published):
+                name = pieces[int((seen[:, 1] != published).nonzero()[0])].name
+                raise AdapterError(
+                    f"adapter version {update.version}: the checksum of '{name}' is not the published one; publish it "
+                    "again"
+                )
+        return _Held(shape, flat)
+
+    def _shape(self, layout: AdapterLayout, scaling: tuple[float, ...]) -> _Shape:
+        """The shape with its tables, from those that are known or, found fit for the model, anew."""
+        for known in self._shapes:
+            if known.layout == layout and known.scaling == scaling:
+                return known
+        config = self._config
+        ranks = {(layer, name): rank for layer, name, rank in layout.modules}
+        bad = [
+            module for module in layout.modules
+            if module[1] not in config.linear_shapes or not 0 <= module[0] < config.num_hidden_layers or module[2] < 1
+        ]  # fmt: skip
+        if bad or not ranks or layout != AdapterLayout.of(ranks, config.linear_shapes):
+            what = f"{bad[0]} is no (layer, projection, rank)" if bad else "its modules are not those"
+            raise AdapterError(f"the adapter's layout does not fit the model: {what} of this model's linear layers")
+        if len(scaling) != len(layout.modules):
+            raise AdapterError(f"the adapter has {len(layout.modules)} modules, but {len(scaling)} scales")
+        for (layer, name, _), scale in zip(layout.modules, scaling, strict=True):
+            check_scale(module_path(layer, name), scale)
+        own, first, first_piece = layout.part(self._layers)
+        mine = tuple(s for module, s in zip(layout.modules, scaling, strict=True) if module[0] in self._layers)
+        shape = _Shape(layout, scaling, own, mine, first, first_piece)
+        self._shapes = [*self._shapes[1 - SHAPES_KNOWN :], shape]
+        return shape
+
+    # -- switching -------------------------------------------------------------------------------------------------
+
     @torch.inference_mode()
-    def _activate(self, adapter: dict[int, LayerLora]) -> None:
+    def _activate(self, held: _Held) -> None:
+        places = self._places.pop(held.shape, None) or self._new_places(held.shape)
+        self._places[held.shape] = places  # behind the others: it was in use last
+        if held.flat is not None:
+            _copy_over(places.flat, held.flat)
         if self._merged is not None:
-            return self._merged.switch(adapter)
-        shape = _shape(adapter)
-        if shape not in self._places:
-            places = {index: {name: _copied(lora) for name, lora in layer.items()} for index, layer in adapter.items()}
-            self._signatures_given += 1
-            signature = self._signatures_given
-        else:
-            signature, places = self._places.pop(shape)
-            for index, layer in adapter.items():
-                for name, lora in layer.items():
-                    place = places[index][name]
-                    place.a.copy_(lora.a)
-                    for part, new in zip(place.parts, lora.parts, strict=True):
-                        part.b.copy_(new.b)
-        self._places[shape] = signature, places  # behind the others: it was in use last
-        self.signature, self.active = signature, places
+            self._merged.switch(places.layers)
+        self._active = places
         for old in list(self._places)[:-SHAPES_KEPT]:
             del self._places[old]
+
+    def _new_places(self, shape: _Shape | None) -> _Places:
+        self._signatures_given += 1
+        if shape is None:
+            return _Places(self._signatures_given, None, {})
+        flat = torch.empty(shape.own.numel, dtype=self._dtype, device=self._device)
+        return _Places(self._signatures_given, flat, shape.own.fused(flat, shape.own_scaling))
+
+
+def _copy_over(place: Tensor | None, flat: Tensor) -> None:
+    assert place is not None
+    place.copy_(flat)
+    if flat.is_cuda:  # it may have been staged on another stream
+        flat.record_stream(torch.cuda.current_stream())

@@ -35,16 +35,16 @@ MUTANTS = [
     ),
     Mutant(
         name="lora-scale",  # every adapter is 1 % too strong
-        module="ember_ray.model.slots",
-        old="b, pair.scale)",
-        new="b, 1.01 * pair.scale)",
+        module="ember_ray.model.adapter_layout",
+        old="ranks + rank, b, scale)",
+        new="ranks + rank, b, 1.01 * scale)",
         tests=("tests/model/test_parity.py", "-k", "adapter"),
     ),
     Mutant(
         name="publication-no-op",  # the version counts up, the weights stay
         module="ember_ray.model.slots",
-        old="self._activate(adapter)",
-        new="self._activate(adapter and {})",
+        old="self._activate(held)",
+        new="self._activate(_Held())",
         tests=("tests/engine/test_generate.py", "-k", "switch"),
     ),
     Mutant(
@@ -64,8 +64,8 @@ MUTANTS = [
     Mutant(
         name="merged-from-merged",  # an adapter is added to what the one before left
         module="ember_ray.model.slots",
-        old="rebuild_weight(layer.weights[name], self._golden[index][name], after.get(name))",
-        new="rebuild_weight(layer.weights[name], layer.weights[name].clone(), after.get(name))",
+        old="rebuild_weight(live, golden, lora, more",
+        new="rebuild_weight(live, live.clone(), lora, more",
         tests=("tests/model/test_slots.py",),
     ),
     Mutant(

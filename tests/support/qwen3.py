@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from cuda_ext.prefill_attention import PrefillBatch, prefill_attention
+from ember_ray.model.adapter_layout import Gathered, adapter_layout
 from ember_ray.model.lora import AdapterUpdate, check_adapter
 from ember_ray.model.qwen3 import LayerLora, StageModel
 from ember_ray.model.qwen3_config import Qwen3Config, read_model_config
-from ember_ray.model.slots import fuse_lora
 
 VOCAB = 300
 EOS, PAD = 1, 0
@@ -86,7 +86,10 @@ def all_logits(
     lora: dict[int, LayerLora] = {}
     if update is not None:
         checked = check_adapter(update, config.linear_shapes, config.num_hidden_layers)
-        lora = {index: fuse_lora(pairs, config, model.dtype, "cpu") for index, pairs in checked.items()}
+        layout, scaling, tensors = adapter_layout(checked, config.linear_shapes)
+        flat = torch.zeros(layout.numel, dtype=model.dtype)
+        Gathered.of(tensors, layout, "cpu").copy_to(flat)
+        lora = layout.fused(flat, scaling)
     count = len(token_ids)
     # slots in a scrambled order: nothing may depend on where a position lies
     slots = torch.randperm(count + 7, generator=torch.Generator().manual_seed(count))[:count]
