@@ -24,7 +24,7 @@ from ember_ray.data.example import Example
 from ember_ray.data.formats import load_dataset_rows
 from ember_ray.data.splits import hold_out
 from ember_ray.tracking.comparison_cells import Cell, recipe_class, runs_of
-from ember_ray.tracking.comparison_rows import QUALITY, cell_row, find_run, machine_words
+from ember_ray.tracking.comparison_rows import QUALITY, cell_row, find_run, gpus_to_share, machine_words
 from ember_ray.tracking.files import json_line, read_jsonl, told_plainly, write_jsonl
 from recipes.readers import reader_of
 from recipes.tasks import task_of
@@ -43,6 +43,7 @@ class Running:
     process: subprocess.Popen[bytes]
     started: float
     log: Path
+    gpu: str | None
 
 
 class Comparison:
@@ -59,7 +60,7 @@ class Comparison:
         self.rows: dict[str, dict[str, Any]] = {row["cell"]: row for row in whole_rows(self.folder / CELLS)}
         self.failed: dict[str, str] = {}
         self._running: list[Running] = []
-        self._machine = machine_words()
+        self._machine, self._gpus = machine_words(), gpus_to_share()
         for cell in cells:
             row = self.rows.get(cell.id)
             if row is not None and row["settings"] != list(cell.settings):
@@ -76,7 +77,8 @@ class Comparison:
         stop([running.process for running in self._running])
 
     def run(self) -> None:
-        """All cells that have no row yet; those that wait for a failed one fail with it."""
+        """All cells that have no row yet, as far as the time goes; those that wait for a failed one fail with it."""
+        begun, limit = time.monotonic(), self.config.time_limit_s
         waiting = [cell for cell in self.cells if cell.id not in self.rows]
         print(
             f"{len(self.cells)} cells, {len(self.cells) - len(waiting)} of them finished, {self.config.at_once} at a "
@@ -92,6 +94,9 @@ class Comparison:
                     waiting.remove(cell)
                     self._running.append(self._begin(cell))
             time.sleep(POLL_S)
+            if limit is not None and time.monotonic() - begun > limit:
+                print(f"time_limit_s={limit:g} is over; {len(waiting) + len(self._running)} cells are missing")
+                return
             for running in list(self._running):
                 self._look_at(running)
 
@@ -103,10 +108,14 @@ class Comparison:
                 shutil.rmtree(runs)  # what an attempt that did not finish left
             log.parent.mkdir(parents=True, exist_ok=True)
             output = open(log, "wb")
+        environment = os.environ | {"OMP_NUM_THREADS": str(self.config.threads)}
+        gpu = self._free_gpu()
+        if gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
         with output:
             process = subprocess.Popen(
                 [sys.executable, *cell.arguments(self.folder, start_run)],
-                env=os.environ | {"OMP_NUM_THREADS": str(self.config.threads)},
+                env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -114,7 +123,12 @@ class Comparison:
                 preexec_fn=_end_with_parent,
             )
         print(f"begun     {cell.id}", flush=True)
-        return Running(cell, process, time.monotonic(), log)
+        return Running(cell, process, time.monotonic(), log, gpu)
+
+    def _free_gpu(self) -> str | None:
+        """The GPU on which the fewest cells run; None where there is none."""
+        used = [running.gpu for running in self._running]
+        return min(self._gpus, key=used.count, default=None)
 
     def _look_at(self, running: Running) -> None:
         cell, wall = running.cell, time.monotonic() - running.started
@@ -142,6 +156,7 @@ class Comparison:
             reader=reader_of(cell.task, held_out(load_config(recipe_class(cell), run / "config.yaml"))),
             wall_seconds=wall,
             at_once=config.at_once,
+            gpus=len(self._gpus),
             gpu_price_per_hour=config.gpu_price_per_hour,
             token_budget=config.token_budget,
             machine=self._machine,

@@ -23,7 +23,7 @@ from ember_ray.config.errors import UserError
 from ember_ray.config.sections import Section
 from ember_ray.data.demonstrations import DemonstrationMix
 from ember_ray.data.sql_demonstrations import SqlDemonstrationMix
-from ember_ray.train.pretrain import Phase, encode, learn
+from ember_ray.train.pretrain import Phase, encode, learn, learn_captured
 from ember_ray.train.tiny_model import generate_texts, new_model, save, train_tokenizer
 from recipes.pretrain_tasks import ExtractTask, PretrainTask, SqlTask
 
@@ -102,7 +102,8 @@ class PretrainTinyConfig(Section):
     output: str = Field("runs/qwen3-tiny-extract", min_length=1, description="Folder of the model; replaced whole.")
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of documents, faults, first weights and order.")
     threads: int = Field(1, ge=1, description="CPU threads; with another number sums round differently.")
-    device: Literal["cpu", "cuda"] = Field("cpu", description="Where it learns.")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="Where it learns; on a GPU in bfloat16.")
+    enforce_eager: bool = Field(False, description="Steps on a GPU without a captured CUDA graph (for debugging).")
     difficulty: Literal["easy", "hard", "hard_rule"] = Field("easy", description="Documents to learn from.")
     levels: Annotated[list[Literal[1, 2, 3, 4]], Field(min_length=1)] = Field(
         [1, 2, 3, 4], description="Levels of the SQL questions to learn from."
@@ -125,7 +126,7 @@ class PretrainTinyConfig(Section):
     def recorded(self) -> dict[str, Any]:
         """The settings that decide what the model becomes, for its ``training.json``."""
         other = {"difficulty", "mix"} if self.task == "sql" else {"levels", "sql_mix"}
-        return self.model_dump(exclude={"output", "databases", *other})
+        return self.model_dump(exclude={"output", "databases", "enforce_eager", *other})
 
 
 def new_task(config: PretrainTinyConfig) -> PretrainTask:
@@ -227,7 +228,11 @@ def pretrain(config: PretrainTinyConfig) -> dict[str, Any]:
         if not encoded[name]:
             continue
         at = time.perf_counter()
-        steps = learn(model, encoded[name], phase_options(name, phase, config), tokenizer.pad_token_id)
+        options = phase_options(name, phase, config)
+        if config.device == "cuda":
+            steps = learn_captured(model, encoded[name], options, capture=not config.enforce_eager)
+        else:
+            steps = learn(model, encoded[name], options, tokenizer.pad_token_id)
         seconds = round(time.perf_counter() - at, 1)
         faultless = [
             answer == task.demonstrate(row, mixed=False) for answer, row in zip(answers[name], rows[name], strict=True)

@@ -50,8 +50,11 @@ class CompareConfig(Section):
     at_once: PositiveInt = Field(2, description="Cells that run at the same time.")
     threads: PositiveInt = Field(1, description="OMP_NUM_THREADS of a cell's processes.")
     cell_timeout_s: float = Field(1200.0, gt=0, description="Seconds after which a cell is ended and counts as failed.")
+    time_limit_s: float | None = Field(
+        None, gt=0, description="Seconds after which the call ends the cells that run and reports; null = none."
+    )
     gpu_price_per_hour: float = Field(
-        2.0, ge=0, description="Dollars an hour of the machine; a cell pays for its share, 1 / at_once."
+        2.0, ge=0, description="Dollars an hour of a GPU, or of a machine without; a cell pays for its share of it."
     )
     settings: dict[str, list[str]] = Field(
         {},

@@ -104,16 +104,23 @@ def _facts(rows: Sequence[Row], config: CompareConfig) -> str:
         {f"`{(row['git_commit'] or 'unknown')[:10]}`{' with changes' * bool(row['git_dirty'])}" for row in rows}
     )
     versions = sorted({", ".join(f"{name} {v}" for name, v in row["versions"].items()) for row in rows})
+    gpus = max((row.get("gpus", 0) for row in rows), default=0)
+    shared = sorted({_shared(row["at_once"], row.get("gpus", 0)) for row in rows})
     facts = [
         f"- {len(rows)} cells: {', '.join(NAMES[name] for name in ('base', *config.algorithms))}; "
         f"seeds {', '.join(map(str, config.seeds))}; reward {', '.join(config.designs)}",
-        f"- machine: {'; '.join(machines) or 'none'}; {config.at_once} cells at a time with OMP_NUM_THREADS="
-        f"{config.threads}; {sum(row['wall_seconds'] for row in rows):,.0f} s of wall time over all cells",
-        f"- price: {config.gpu_price_per_hour:g} dollars an hour of the machine; a cell pays for its share of the "
-        "seconds in which it trains, evaluations not counted",
+        f"- machine: {'; '.join(machines) or 'none'}; {' or '.join(shared) or 'no cells'} at a time with "
+        f"OMP_NUM_THREADS={config.threads}; {sum(row['wall_seconds'] for row in rows):,.0f} s of wall time over all "
+        "cells. Seconds were measured with the others at work: alone a cell is faster",
+        f"- price: {config.gpu_price_per_hour:g} dollars an hour of {'a GPU' if gpus else 'the machine'}; a cell pays "
+        "for its share of the seconds in which it trains, evaluations not counted",
         f"- commit {', '.join(commits) or 'unknown'}; {'; '.join(versions)}",
     ]
     return "\n".join(facts)
+
+
+def _shared(at_once: int, gpus: int) -> str:
+    return f"{at_once} cells" + (f" on {gpus} GPU{'s'[: gpus > 1]}" if gpus else "")
 
 
 def _inference(rows: Sequence[Row], config: CompareConfig, figures: Sequence[str]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,27 +73,28 @@ def runs_of(output_dir: Path, cell_id: str) -> Path:
 def plan_cells(config: CompareConfig) -> list[Cell]:
     """All cells in the order in which they are to be begun.
 
-    The checkpoints that others start from come first; then a seed is completed over all tasks and designs before the
-    next, so that an interrupted comparison is a comparison of fewer seeds; the upper lines, which are short and need
-    nothing, come last.
+    Table 2 first: all of the first design, seed by seed, so that an interrupted comparison is one of fewer seeds. A
+    seed begins with the checkpoints that others start from and ends with the upper lines, which need nothing. The
+    other designs follow, one after the other.
     """
     learners = [name for name in config.algorithms if name in LEARNERS]
 
-    def cells(algorithm: str, designs: Sequence[str | None], seed: int) -> list[Cell]:
+    def cells(algorithm: str, design: str | None, seed: int) -> list[Cell]:
         return [
             Cell(task, algorithm, design, seed, _settings(config, task, algorithm, design, seed))
-            for design in designs
             for task in config.tasks
         ]
 
     found: list[Cell] = []
-    for seed in config.seeds:
-        found += cells("sft", [None], seed)
-        for design in config.designs:
+    for design in config.designs:
+        first = design == config.designs[0]
+        for seed in config.seeds:
+            if first:
+                found += cells("sft", None, seed)
             for algorithm in learners:
-                found += cells(algorithm, [design], seed)
-        if "sft_clean" in config.algorithms:
-            found += cells("sft_clean", [None], seed)
+                found += cells(algorithm, design, seed)
+            if first and "sft_clean" in config.algorithms:
+                found += cells("sft_clean", None, seed)
     return found
 
 

@@ -7,6 +7,7 @@ differ as well. Whiskers reach from the least to the greatest seed, or over the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
@@ -245,8 +246,9 @@ def _cost_axis(rows: Sequence[Row], cost: str) -> tuple[float, str]:
     if cost == "seconds":
         return 1.0, "training time after SFT (s)"
     prices = sorted({f"${row['gpu_price_per_hour']:g}/h" for row in learning})
-    shares = sorted({row["at_once"] for row in learning})
-    terms = f"{', '.join(prices)}, {' or '.join('1' if s == 1 else f'1/{s}' for s in shares)} machine"
+    shares = sorted({Fraction(max(1, row.get("gpus", 0)), row["at_once"]) for row in learning}, reverse=True)
+    of = "GPU" if any(row.get("gpus") for row in learning) else "machine"
+    terms = f"{', '.join(prices)}, {' or '.join(map(str, shares))} {of}"
     cents = max(row["dollars"] for row in learning) < 0.5
     return (100.0 if cents else 1.0), f"training cost after SFT (US {'cents' if cents else 'dollars'}; {terms})"
 

@@ -31,6 +31,7 @@ def cell_row(
     reader: TaskReader,
     wall_seconds: float,
     at_once: int,
+    gpus: int,
     gpu_price_per_hour: float,
     token_budget: int,
     machine: str,
@@ -42,8 +43,9 @@ def cell_row(
         output_dir: of the comparison; the row names the run relative to it.
         reader: of the task, for pass@k and the curves of best-of-N.
         wall_seconds: from its start to its end.
-        at_once: cells that shared the machine; the dollars are of that share.
-        gpu_price_per_hour: of the machine.
+        at_once: cells that ran at the same time at most.
+        gpus: that they shared; 0 where there are none, and then they shared the cores.
+        gpu_price_per_hour: of a GPU, or of the machine; the dollars are of the cell's share.
         token_budget: generated tokens that a learner may learn from.
         machine: what it ran on, in words.
 
@@ -94,7 +96,8 @@ def cell_row(
         "wall_seconds": round(wall_seconds, 3),
         "gpu_price_per_hour": gpu_price_per_hour,
         "at_once": at_once,
-        "dollars": gpu_dollars(training_seconds / at_once, gpu_price_per_hour),
+        "gpus": gpus,
+        "dollars": gpu_dollars(training_seconds * max(1, gpus) / at_once, gpu_price_per_hour),
         "curve": curve,
         "mismatch": next((found for row in reversed(metrics) if (found := _mismatch(row))), {}),
         "versions": summary["versions"],
@@ -137,11 +140,22 @@ def read_groups(path: Path) -> tuple[list[ScoredGroup], list[ScoredGroup]]:
 def machine_words() -> str:
     """Cores, system and GPUs of this machine, e.g. ``2 cores, x86_64, Linux``."""
     words = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}"
+    return ", ".join([words, *_ask_nvidia_smi("name")])
+
+
+def gpus_to_share() -> list[str]:
+    """The GPUs that cells may use, as CUDA_VISIBLE_DEVICES names them: those that this process sees."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return _ask_nvidia_smi("index") if named is None else [one.strip() for one in named.split(",") if one.strip()]
+
+
+def _ask_nvidia_smi(what: str) -> list[str]:
     if shutil.which("nvidia-smi") is None:
-        return words
-    asked = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True)
-    names = asked.stdout.split("\n") if asked.returncode == 0 else []
-    return ", ".join([words, *(name.strip() for name in names if name.strip())])
+        return []
+    asked = subprocess.run(
+        ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"], capture_output=True, text=True
+    )
+    return [line.strip() for line in asked.stdout.splitlines() if line.strip()] if asked.returncode == 0 else []
 
 
 def _summary(run: Path) -> dict[str, Any]:

@@ -179,6 +179,7 @@ def _flat(row: Row) -> dict[str, Any]:
         flat[key] = int(row[key])
     for key in (*NUMBERS, "token_budget", "evaluation_tokens", "rounds", "gpu_price_per_hour", "at_once"):
         flat[key] = row[key]
+    flat["gpus"] = row.get("gpus", 0)
     flat |= {f"mismatch_{key}": row["mismatch"].get(key) for key in MISMATCH}
     flat |= {f"seconds_{phase.replace(' ', '_')}": seconds for phase, seconds in row["seconds"].items()}
     return flat | {key: row[key] for key in ("git_commit", "git_dirty", "machine", "run")}

@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ember_ray.data.example import Example
+from ember_ray.train.captured_step import IGNORED, CapturedStep
 from ember_ray.train.tiny_model import TURN_END, render
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-IGNORED = -100
+PRINT_EVERY = 50
+"""Steps after which the console is told of."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def answer_loss(model: Qwen3ForCausalLM, batch: list[Encoded], pad_id: int) -> t
     return F.cross_entropy(model.lm_head(hidden[wanted]), labels[wanted])
 
 
-def new_optimizers(model: Qwen3ForCausalLM, phase: Phase) -> list[torch.optim.Optimizer]:
+def new_optimizers(model: Qwen3ForCausalLM, phase: Phase, capturable: bool = False) -> list[torch.optim.Optimizer]:
     """Muon (Jordan et al. 2024) for the layers' matrices, AdamW for the rest.
 
     With AdamW alone the same model needs over five times as many samples to copy reliably.
@@ -106,27 +108,33 @@ def new_optimizers(model: Qwen3ForCausalLM, phase: Phase) -> list[torch.optim.Op
             lr=phase.adamw_learning_rate,
             betas=(0.9, 0.98),
             fused=True,
+            capturable=capturable,
         ),
     ]
 
 
-def learn(model: Qwen3ForCausalLM, encoded: list[Encoded], phase: Phase, pad_id: int) -> int:
-    """One phase: every sample once, linear warm-up, then a cosine to a tenth of the peak; returns the steps made."""
-    import torch
-
-    steps = math.ceil(len(encoded) / phase.batch_size)
-    warmup = int(phase.warmup_share * steps)
+def rate_factors(steps: int, warmup_share: float) -> Callable[[int], float]:
+    """Of the peak learning rate at each step: a linear warm-up, then a cosine to a tenth of the peak."""
+    warmup = int(warmup_share * steps)
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / (warmup + 1)
         return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
 
+    return factor
+
+
+def learn(model: Qwen3ForCausalLM, encoded: list[Encoded], phase: Phase, pad_id: int) -> int:
+    """One phase: every sample once, see `rate_factors`; returns the steps made."""
+    import torch
+
+    steps = math.ceil(len(encoded) / phase.batch_size)
+    factor = rate_factors(steps, phase.warmup_share)
     optimizers = new_optimizers(model, phase)
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in optimizers]
     model.train()
-    started, tokens = time.perf_counter(), 0
-    losses: list[float] = []
+    progress = Progress(phase.name, steps)
     for batch in batches(encoded, phase.batch_size, random.Random(f"{phase.name}/{phase.seed}")):
         loss = answer_loss(model, batch, pad_id)
         loss.backward()
@@ -135,13 +143,45 @@ def learn(model: Qwen3ForCausalLM, encoded: list[Encoded], phase: Phase, pad_id:
             optimizer.step()
             schedule.step()
         model.zero_grad(set_to_none=True)
-        tokens += sum(len(ids) for ids, _ in batch)
-        losses.append(loss.item())
-        if len(losses) % 50 == 0 or len(losses) == steps:
-            seconds, recent = time.perf_counter() - started, losses[-50:]
+        progress.add(loss, sum(len(ids) for ids, _ in batch))
+    return steps
+
+
+def learn_captured(model: Qwen3ForCausalLM, encoded: list[Encoded], phase: Phase, capture: bool = True) -> int:
+    """`learn` on a GPU, by replays of one captured step; the order of samples is not that of a CPU."""
+    steps = math.ceil(len(encoded) / phase.batch_size)
+    factor = rate_factors(steps, phase.warmup_share)
+    model.train()
+    optimizers = new_optimizers(model, phase, capturable=capture)
+    step = CapturedStep(model, encoded, phase.batch_size, optimizers, phase.grad_clip, capture)
+    order = list(range(len(encoded)))
+    random.Random(f"{phase.name}/{phase.seed}").shuffle(order)
+    progress = Progress(phase.name, steps)
+    for number in range(steps):
+        samples = order[number * phase.batch_size : (number + 1) * phase.batch_size]
+        progress.add(step(samples, factor(number)), sum(len(encoded[sample][0]) for sample in samples))
+    model.zero_grad(set_to_none=True)
+    return steps
+
+
+class Progress:
+    """What a phase says on the console, every so many steps; between them no loss is waited for."""
+
+    def __init__(self, name: str, steps: int) -> None:
+        self._name, self._steps, self._made, self._tokens = name, steps, 0, 0
+        self._started = time.perf_counter()
+        self._recent: list[torch.Tensor] = []
+
+    def add(self, loss: torch.Tensor, tokens: int) -> None:
+        """One step more, with its loss and the tokens of its samples."""
+        self._recent.append(loss.detach())
+        self._made, self._tokens = self._made + 1, self._tokens + tokens
+        if self._made % PRINT_EVERY == 0 or self._made == self._steps:
+            recent = [float(one) for one in self._recent]
+            seconds = time.perf_counter() - self._started
             print(
-                f"{phase.name:>6}  step {len(losses):>5}/{steps}  loss {sum(recent) / len(recent):.4f}  "
-                f"{tokens / seconds:6.0f} tokens/s  {seconds:4.0f} s",
+                f"{self._name:>6}  step {self._made:>5}/{self._steps}  loss {sum(recent) / len(recent):.4f}  "
+                f"{self._tokens / seconds:6.0f} tokens/s  {seconds:4.0f} s",
                 flush=True,
             )
-    return steps
+            self._recent.clear()

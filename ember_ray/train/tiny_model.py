@@ -108,8 +108,9 @@ def generate_texts(
     model.eval()
     tokenizer.padding_side = "left"
     answers: list[list[str]] = []
-    for start in range(0, len(examples), 64):
-        prompts = [render(tokenizer, example) for example in examples[start : start + 64]]
+    at_once = 64 if model.device.type == "cpu" else 1024 // samples
+    for start in range(0, len(examples), at_once):
+        prompts = [render(tokenizer, example) for example in examples[start : start + at_once]]
         inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
         how: dict[str, Any] = {"do_sample": False}
         if temperature:

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -58,7 +59,8 @@ def test_every_cell_is_planned_once_and_after_what_it_starts_from(
         assert cell.start is None or cell.start in names[:place]
         assert (cell.start is None) == (cell.design is None) == (cell.algorithm in ("sft", "sft_clean"))
         assert f"seed={cell.seed}" in cell.settings
-    assert [cell.seed for cell in cells] == sorted((cell.seed for cell in cells), key=seeds.index)
+    places = [(designs.index(cell.design or designs[0]), seeds.index(cell.seed)) for cell in cells]
+    assert places == sorted(places), "a design is finished before the next, seed by seed"
 
 
 def cell_of(config: CompareConfig, name: str) -> Cell:
@@ -138,6 +140,25 @@ def test_a_row_of_other_settings_is_not_taken_for_the_cell(tmp_path: Path) -> No
     append(tmp_path / "cells.jsonl", {"cell": cells[0].id, "settings": [*cells[0].settings, "rounds=9"]})
     with pytest.raises(UserError, match=f"{cells[0].id} made with other settings .rounds=9."):
         Comparison(config, cells)
+
+
+def test_cells_go_to_the_visible_gpu_with_the_fewest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CompareConfig(output_dir=str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 1")
+    comparison = Comparison(config, plan_cells(config))
+    given = []
+    for _ in range(4):
+        given.append(comparison._free_gpu())
+        comparison._running.append(SimpleNamespace(gpu=given[-1]))
+    assert given == ["3", "1", "3", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert Comparison(config, plan_cells(config))._free_gpu() is None
+
+
+def test_when_the_time_is_over_cells_are_ended_and_what_is_there_is_reported(tmp_path: Path) -> None:
+    ended = run(RECIPE, *TINY, "time_limit_s=0.5", cwd=tmp_path)
+    assert ended.status == 1 and "time_limit_s=0.5 is over; 2 cells are missing" in ended.stdout
+    assert "`sft_extract_s0`: not run yet" in (tmp_path / "compared" / "report.md").read_text()
 
 
 def test_a_cell_is_read_with_the_rows_that_its_run_held_out(tmp_path: Path) -> None:

@@ -71,14 +71,15 @@ def finished_run(folder: Path, cell: Cell, skills: tuple[float, float], status: 
     return run.path
 
 
-def row_of(cell: Cell, run: Path, folder: Path) -> dict[str, Any]:
+def row_of(cell: Cell, run: Path, folder: Path, at_once: int = 2, gpus: int = 0) -> dict[str, Any]:
     row = cell_row(
         cell,
         run,
         folder,
         reader=READER,
         wall_seconds=60.0,
-        at_once=2,
+        at_once=at_once,
+        gpus=gpus,
         gpu_price_per_hour=3.0,
         token_budget=CONFIG.token_budget,
         machine="a test",
@@ -105,6 +106,14 @@ def test_a_row_says_what_the_run_came_to(rows: list[dict[str, Any]]) -> None:
     assert dpo["run"].startswith("runs/dpo_extract_decomposed_s0/dpo_extract_")
     assert dpo["before"]["pass_at_k"][0]["mean"] == pytest.approx(dpo["before"]["exact_match_sampled"])
     assert dpo["after"]["best_of_n"]["oracle"]["points"][-1]["n"] == 4
+
+
+def test_a_cell_pays_for_its_share_of_a_gpu(tmp_path: Path) -> None:
+    cell = plan_cells(CONFIG)[1]
+    row = row_of(cell, finished_run(tmp_path, cell, (0.3, 0.4)), tmp_path, at_once=8, gpus=2)
+    assert row["dollars"] == pytest.approx(gpu_dollars(row["training_seconds"] / 4, 3.0))
+    report = report_text([row], CONFIG, {}, [])
+    assert "8 cells on 2 GPUs at a time" in report and "dollars an hour of a GPU" in report
 
 
 def test_beyond_the_interval_is_the_paired_gains(rows: list[dict[str, Any]], tmp_path: Path) -> None:
