@@ -1,7 +1,8 @@
-"""Runs plans op by op, on a CPU or with several stages: every step is passed on, sampled and known at once.
+"""Runs plans op by op, on a CPU or with several stages: every step is passed on and sampled by itself.
 
 Per step a stage computes its layers and passes the hidden states on; the last one samples and sends tokens and finish
-codes back to all others.
+codes back to all others. Where hidden states go from GPU to GPU, its host does so only when the lane's next step is
+due, with the next lane's step on the way to the GPU already: so that the GPU has work while the host makes plans.
 """
 
 from __future__ import annotations
@@ -9,19 +10,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cuda_ext.decode_attention import group_decode_attention
+from cuda_ext.decode_state import RowParams, SlotState, sample_rows
 from cuda_ext.prefill_attention import prefill_attention
-from cuda_ext.sampling import sample, uniforms
 from ember_ray.engine.options import EngineOptions
 from ember_ray.engine.scheduler import StepPlan
-from ember_ray.engine.sequence import Sequence
+from ember_ray.engine.slot_table import SlotTable
+from ember_ray.engine.step_clock import StepClock
 from ember_ray.engine.step_inputs import StepInputs, build_step_inputs
 from ember_ray.engine.step_result import StepResult
 from ember_ray.engine.stop_check import StopCheck
 from ember_ray.engine.transport import Transport
+from ember_ray.engine.upload import host_tensor, upload
 from ember_ray.model.qwen3 import StageModel
 from ember_ray.model.slots import AdapterSlots
 
@@ -31,12 +35,19 @@ ABORTS_PER_STEP = 4
 
 @dataclass
 class _Pending:
-    """A step on its way; message: int64 tokens, finish codes and aborted requests (-1: none)."""
+    """A step on its way.
+
+    Attributes:
+        drawn: on the last stage [3, samples] int32 on the host: tokens, logprobs, sampling_logprobs (as bits); there
+            when ``done`` is.
+        result: on the last stage, once the others have been told.
+    """
 
     plan: StepPlan
     tag: int
-    message: Tensor
-    result: StepResult | None
+    drawn: Tensor | None = None
+    done: torch.cuda.Event | None = None
+    result: StepResult | None = None
 
 
 class EagerRunner:
@@ -68,36 +79,67 @@ class EagerRunner:
         self._stop_check, self._take_aborts, self._transport = stop_check, take_aborts, transport
         self._num_lanes, self._prefill_backend = num_lanes, prefill_backend
         self._last_hidden: dict[int, Tensor] = {}  # group number -> final-norm output behind its prompt, last stage
+        if stop_check is not None:
+            self._slots = SlotTable(options.max_num_seqs, stop_check)
+            self._state = SlotState.zeros(options.max_num_seqs, options.device)
         self._steps = 0
+        self._clock = StepClock(options.device, num_lanes)
         self.timings: dict[str, float] = {}
 
     def run(self, plan: StepPlan) -> _Pending:
-        """Computes this stage's part of a step; on the last stage the result is there at once, on others to come."""
+        """Computes this stage's part of a step."""
+        self._clock.starts()
         inputs = build_step_inputs(plan, self._options.block_size, self._model.config.share, self._options.device)
-        hidden = self.forward(inputs)
-        tag = 2 * self._steps + 1
-        size = 2 * len(plan.samples) + ABORTS_PER_STEP
-        if not self._model.is_last:
-            return _Pending(plan, tag, torch.empty(size, dtype=torch.int64), None)
-        result = self._sample(plan, inputs, hidden)
-        self._transport.check()  # drawn from hidden states that have really come
-        result.aborts = self._take_aborts(ABORTS_PER_STEP)
-        tokens = [token for (token,) in result.tokens]
-        padding = [-1] * (ABORTS_PER_STEP - len(result.aborts))
-        message = torch.tensor(tokens + result.finish_codes + result.aborts + padding, dtype=torch.int64)
-        for other in range(self._transport.rank):
-            self._transport.send(message, other, tag)
-        return _Pending(plan, tag, message, result)
+        incoming = self._incoming(inputs)
+        self._clock.mark()
+        hidden = self._layers(inputs, incoming)
+        pending = _Pending(plan, 2 * self._steps + 1)
+        if self._model.is_last:
+            pending.drawn, pending.done = self._sample(plan, inputs, hidden)
+            if not self._transport.is_ahead:  # the others wait for it
+                self._deliver(pending)
+        self._clock.mark()
+        return pending
 
     def collect(self, pending: _Pending) -> StepResult:
         """Waits for the results of a step."""
-        if pending.result is not None:
-            return pending.result
-        self._transport.receive(pending.message, self._transport.world_size - 1, pending.tag)
-        count = len(pending.plan.samples)
-        values = pending.message.tolist()
-        tokens, codes, aborts = values[:count], values[count : 2 * count], values[2 * count :]
-        return StepResult(pending.plan, [[token] for token in tokens], codes, aborts=[n for n in aborts if n >= 0])
+        if self._model.is_last:
+            result = pending.result or self._deliver(pending)
+        else:
+            count = len(pending.plan.samples)
+            message = torch.empty(2 * count + ABORTS_PER_STEP, dtype=torch.int64)
+            values = self._transport.receive(message, self._transport.world_size - 1, pending.tag).tolist()
+            tokens, codes, aborts = values[:count], values[count : 2 * count], values[2 * count :]
+            result = StepResult(
+                pending.plan, [[token] for token in tokens], codes, aborts=[n for n in aborts if n >= 0]
+            )
+        self._clock.ended(pending.plan)
+        return result
+
+    def _deliver(self, pending: _Pending) -> StepResult:
+        """Tells all other stages what was drawn: int64 tokens, finish codes and aborted requests (-1: none)."""
+        assert pending.drawn is not None and self._stop_check is not None
+        if pending.done is not None:
+            pending.done.synchronize()
+        self._transport.check()  # drawn from hidden states that have really come
+        samples = pending.plan.samples
+        tokens = pending.drawn[0].tolist()
+        logprobs, sampling_logprobs = pending.drawn[1:].view(torch.float32).tolist()
+        codes = [self._stop_check.end(s, [token])[1] for s, token in zip(samples, tokens, strict=True)]
+        aborts = self._take_aborts(ABORTS_PER_STEP)
+        padding = [-1] * (ABORTS_PER_STEP - len(aborts))
+        message = torch.tensor(tokens + codes + aborts + padding, dtype=torch.int64)
+        for other in range(self._transport.rank):
+            self._transport.send(message, other, pending.tag)
+        pending.result = StepResult(
+            pending.plan,
+            [[t] for t in tokens],
+            codes,
+            [[p] for p in logprobs],
+            [[p] for p in sampling_logprobs],
+            aborts,
+        )
+        return pending.result
 
     def forget_group(self, number: int) -> None:
         """A prompt group has ended."""
@@ -106,22 +148,31 @@ class EagerRunner:
     def end(self) -> None:
         """A rollout has ended, well or not."""
         self._last_hidden.clear()
+        if self._model.is_last:
+            self._slots.forget_owners()
+        self.timings = self._clock.read()
 
     def forward(self, inputs: StepInputs) -> Tensor:
         """The residual stream [tokens, hidden] behind this stage's layers, passed on to the next stage."""
+        return self._layers(inputs, self._incoming(inputs))
+
+    def _incoming(self, inputs: StepInputs) -> Tensor:
+        """The residual stream [tokens, hidden] before this stage's layers."""
         # The peers have what was sent in steps before those in flight, or take it next: this can never wait for long.
         self._transport.flush(keep=self._num_lanes * (self._transport.world_size - 1))
         self._steps += 1
-        tag = 2 * self._steps
-        hidden_size, dtype, device = self._model.config.hidden_size, self._model.dtype, self._options.device
         tokens = inputs.token_ids.shape[0]
-        if tokens == 0:  # only first tokens, from hidden states that are kept
-            return torch.empty(0, hidden_size, dtype=dtype, device=device)
-        if self._model.is_first:
-            hidden = self._model.embed(inputs.token_ids)
-        else:
-            hidden = torch.empty(tokens, hidden_size, dtype=dtype, device=device)
-            self._transport.receive(hidden, self._transport.rank - 1, tag)
+        if self._model.is_first and tokens:
+            return self._model.embed(inputs.token_ids)
+        shape = (tokens, self._model.config.hidden_size)
+        hidden = torch.empty(shape, dtype=self._model.dtype, device=self._options.device)
+        if tokens:  # else there are only first tokens, from hidden states that are kept
+            self._transport.receive(hidden, self._transport.rank - 1, 2 * self._steps)
+        return hidden
+
+    def _layers(self, inputs: StepInputs, hidden: Tensor) -> Tensor:
+        if not len(hidden):
+            return hidden
         scale, decodes = self._model.config.head_dim**-0.5, inputs.num_decodes
 
         def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
@@ -138,48 +189,37 @@ class EagerRunner:
             hidden, inputs.positions, inputs.slots, self._kv_cache, attention, self._adapters.active
         )
         if not self._model.is_last:
-            self._transport.send(hidden, self._transport.rank + 1, tag)
+            self._transport.send(hidden, self._transport.rank + 1, 2 * self._steps)
         return hidden
 
-    def _sample(self, plan: StepPlan, inputs: StepInputs, hidden: Tensor) -> StepResult:
-        """Draws a token for each sample of the plan."""
-        samples = plan.samples
+    def _sample(self, plan: StepPlan, inputs: StepInputs, hidden: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+        """Draws a token for each sample of the plan; see :class:`_Pending`. Does not wait for a GPU."""
+        samples, device = plan.samples, self._options.device
         normed = self._model.final_norm(hidden[inputs.hidden_rows])
         own = normed.shape[0] - len(inputs.last_prompt_groups)
         for place, group in enumerate(inputs.last_prompt_groups):
             self._last_hidden.setdefault(group.number, normed[own + place])
         if not samples:
-            return StepResult(plan, [], [])
+            return torch.empty(3, 0, dtype=torch.int32), None
         firsts = [sequence.group.number for sequence in samples[own:]]
         distinct = {number: own + place for place, number in enumerate(dict.fromkeys(firsts))}
-        rows = torch.cat((normed[:own], *(self._last_hidden[number][None] for number in distinct)))
-        logits = self._model.logits(rows)
-        if len(distinct) < len(firsts):
-            logits = logits[torch.tensor([*range(own), *(distinct[number] for number in firsts)])]
-        tokens, logprobs, sampling_logprobs = (result.tolist() for result in _draw(samples, logits))
-        assert self._stop_check is not None
-        codes = [self._stop_check.end(s, [token])[1] for s, token in zip(samples, tokens, strict=True)]
-        return StepResult(
-            plan, [[t] for t in tokens], codes, [[lp] for lp in logprobs], [[lp] for lp in sampling_logprobs]
+        logits = self._model.logits(
+            torch.cat((normed[:own], *(self._last_hidden[number][None] for number in distinct)))
         )
-
-
-def _draw(samples: list[Sequence], logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    def column(values: list[float], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=logits.device)
-
-    params = [sequence.params for sequence in samples]
-    draws = uniforms(
-        torch.tensor([sequence.seed for sequence in samples]),
-        torch.tensor([sequence.group.hash for sequence in samples]),
-        torch.tensor([sequence.index for sequence in samples]),
-        torch.tensor([len(sequence.token_ids) for sequence in samples]),
-    ).to(logits.device)
-    return sample(
-        logits,
-        column([p.temperature for p in params], torch.float32),
-        column([p.top_k for p in params], torch.int64),
-        column([p.top_p for p in params], torch.float32),
-        column([p.min_p for p in params], torch.float32),
-        draws,
-    )
+        self._slots.admit([sequence for sequence in samples if not self._slots.owns(sequence)])
+        arrays = self._slots.rows(samples)
+        arrays["line"] = np.array([*range(own), *(distinct[number] for number in firsts)], dtype=np.int32)
+        arrays["known"] = np.array([len(sequence.token_ids) for sequence in samples], dtype=np.int32)
+        arrays["index"] = arrays["slot"].astype(np.int64)
+        rows = upload(arrays, device)
+        line, known, index = (rows.pop(name) for name in ("line", "known", "index"))
+        self._state.num_tokens.index_copy_(0, index, known)
+        tokens, *logprobs = sample_rows(logits, line, RowParams(**rows), self._state)
+        drawn = torch.stack((tokens, *(values.view(torch.int32) for values in logprobs)))
+        if not drawn.is_cuda:
+            return drawn, None
+        host = host_tensor(drawn.shape, torch.int32, drawn.device)
+        host.copy_(drawn, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        return host, done

@@ -31,10 +31,14 @@ class Transport(Protocol):
 
     Attributes:
         rank, world_size: this stage and how many there are.
+        is_ahead: the host is back from :meth:`receive` of a GPU's tensor before the message is there.
     """
 
     rank: int
     world_size: int
+
+    @property
+    def is_ahead(self) -> bool: ...
 
     def send(self, tensor: Tensor, to: int, tag: int) -> None:
         """Starts sending; the tensor must not be changed afterwards. Does not wait.
@@ -61,7 +65,7 @@ class Transport(Protocol):
 class LoopbackTransport:
     """The transport of a single stage: there is nobody to talk to."""
 
-    rank, world_size = 0, 1
+    rank, world_size, is_ahead = 0, 1, False
 
     def send(self, tensor: Tensor, to: int, tag: int) -> None:
         raise TransportError(f"a single stage has no stage {to} to send to")
@@ -157,6 +161,10 @@ class ProcessGroupTransport:
         """What every stage says, in order of the stages."""
         store.set(f"{what}/{self.rank}", json.dumps(mine))
         return [json.loads(store.get(f"{what}/{stage}")) for stage in range(self.world_size)]
+
+    @property
+    def is_ahead(self) -> bool:
+        return self._nccl is not None
 
     def _open_group(self) -> Any:
         group = self._group

@@ -88,6 +88,17 @@ def test_stages_make_equal_tokens(
         assert len(pipeline.engines[-1].scheduler.running) == options.get("micro_batches", len(split))
 
 
+@pytest.mark.parametrize("options", [SETTINGS[1], {"micro_batches": 3}], ids=str)
+def test_results_that_are_told_when_the_next_step_is_due_change_nothing(
+    options: dict[str, Any], folder: Path, expected: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As between GPUs, where the last stage's host is ahead of its device."""
+    monkeypatch.setattr(ProcessGroupTransport, "is_ahead", True)
+    with Pipeline(EngineOptions(str(folder), **options), (1, 1, 1)) as pipeline:
+        assert {name: c.token_ids for name, c in pipeline.rollout(requests()).items()} == expected[0]
+        assert not any(engine.transport._sending for engine in pipeline.engines)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_stages_of_half_precision_make_equal_tokens(dtype: str, folder: Path) -> None:
     """Equal lanes make equal batches, and then nothing may be lost between the stages."""
