@@ -51,8 +51,12 @@ class StepWatch(TrainerCallback):
         self.steps: list[dict[str, float]] = []
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for name, parameter in kwargs["model"].named_parameters():
-            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+        named = [(name, one.grad) for name, one in kwargs["model"].named_parameters() if one.grad is not None]
+        # one number to wait for, where there is a GPU; which gradient it was is asked only then
+        if bool(torch.isfinite(torch.nn.utils.get_total_norm(grad for _, grad in named))):
+            return
+        for name, grad in named:
+            if not bool(torch.isfinite(grad).all()):
                 raise LearnerError(
                     f"the gradient of '{name}' became NaN or infinite in step {state.global_step + 1} of the round, "
                     "so learning stopped before it was applied; lower the learning rate"
