@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import ray
 
-from actors.messages import CoordinatorSettings, Progress, PromptRow, RolloutResult
+from actors.messages import CoordinatorSettings, Progress, PromptRow, RolloutResult, added
 from actors.pipeline import Pipeline, Placement
 from actors.policy_server import PolicyServer
 from actors.rollout import Rollout, build_requests
@@ -85,7 +85,12 @@ class Coordinator:
         self._progress = Progress()
 
     def rollout(
-        self, rows: Sequence[PromptRow], num_candidates: int, sampling_params: SamplingParams, round_number: int
+        self,
+        rows: Sequence[PromptRow],
+        num_candidates: int,
+        sampling_params: SamplingParams,
+        round_number: int,
+        spare: Sequence[PromptRow] = (),
     ) -> RolloutResult:
         """Generates and scores candidates of every row.
 
@@ -93,6 +98,8 @@ class Coordinator:
             rows: their ids are unique in the batch.
             sampling_params: how to draw; without a seed the run's seed counts.
             round_number: another number gives other random numbers.
+            spare: groups whose rewards are all equal give their places to groups of these, as far as there are any.
+                Once a rollout: what comes instead may be without spread as well.
 
         Raises:
             ValueError: the rows or a request cannot be served; the text says which and why.
@@ -100,10 +107,22 @@ class Coordinator:
         """
         if self._pool is None:
             raise RuntimeError("the coordinator is not started")
-        requests = build_requests(rows, num_candidates, sampling_params, self._settings.seed, round_number)
-        self._rollout = Rollout(self._server, self._pool, rows, requests, round_number, self._report)
+        from ember_ray.train.grpo_rows import zero_spread
+
+        def run(some: Sequence[PromptRow]) -> RolloutResult:
+            requests = build_requests(some, num_candidates, sampling_params, self._settings.seed, round_number)
+            self._rollout = Rollout(self._server, pool, some, requests, round_number, self._report)
+            return self._rollout.run()
+
+        pool = self._pool
         try:
-            result = self._rollout.run()
+            result = run(rows)
+            useless = zero_spread(result.groups)[: len(spare)]
+            if useless:
+                more = run(spare[: len(useless)])
+                for place, group in zip(useless, more.groups, strict=True):
+                    result.groups[place] = group
+                result.stats = added(result.stats, more.stats)
         finally:
             self._rollout = None
             self._rest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -110,6 +111,16 @@ class RolloutStats:
         """Share of prompt tokens that came from the cache, 0 to 1."""
         asked = self.prefill_tokens + self.prefix_hit_tokens
         return self.prefix_hit_tokens / asked if asked else 0.0
+
+
+def added(total: RolloutStats, more: RolloutStats) -> RolloutStats:
+    """What two rollouts cost together; the policy version is the second one's."""
+    summed = {
+        field.name: getattr(total, field.name) + getattr(more, field.name)
+        for field in dataclasses.fields(RolloutStats)
+        if field.name != "policy_version"
+    }
+    return RolloutStats(**summed, policy_version=more.policy_version)
 
 
 @dataclass

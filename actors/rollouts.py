@@ -77,7 +77,12 @@ class Rollouts:
         self._wait(self._starting, "the start of the stages", limit, on_progress)
 
     def begin(
-        self, rows: Sequence[PromptRow], num_candidates: int, sampling_params: SamplingParams, round_number: int
+        self,
+        rows: Sequence[PromptRow],
+        num_candidates: int,
+        sampling_params: SamplingParams,
+        round_number: int,
+        spare: Sequence[PromptRow] = (),
     ) -> Any:
         """Begins to generate and score ``num_candidates`` candidates of every row; see `Coordinator.rollout`.
 
@@ -85,7 +90,7 @@ class Rollouts:
             What `finish` takes. Calls to the coordinator are served one after the other: a publication that is asked
             for meanwhile comes after the rollout.
         """
-        return self.handle.rollout.remote(rows, num_candidates, sampling_params, round_number)
+        return self.handle.rollout.remote(rows, num_candidates, sampling_params, round_number, spare)
 
     def finish(self, begun: Any, on_progress: OnProgress | None = None) -> RolloutResult:
         """Waits for a rollout.

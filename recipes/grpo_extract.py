@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import deque
 
-from actors.messages import PromptRow
 from ember_ray.config.schema import GrpoExtractConfig
 from recipes.learners import GRPO
 from recipes.run import Run, recipe_main
@@ -19,20 +18,19 @@ from recipes.session import PendingRollout
 def loop(run: Run) -> None:
     """Rollout, learning, publication; the rollout may run some rounds ahead of learning."""
     settings = run.config.grpo  # type: ignore[attr-defined]
-    ahead: deque[tuple[int, list[PromptRow], PendingRollout]] = deque()
+    ahead: deque[tuple[int, PendingRollout]] = deque()
     for number, rows in run.rounds():
-        ahead.append((number, rows, run.start_rollout(rows, number)))
+        spare = run.spare_rows(rows, number) if settings.refill else ()
+        ahead.append((number, run.start_rollout(rows, number, spare)))
         if len(ahead) > settings.async_steps:
-            learn(run, settings.refill, *ahead.popleft())
+            learn(run, *ahead.popleft())
     while ahead:
-        learn(run, settings.refill, *ahead.popleft())
+        learn(run, *ahead.popleft())
 
 
-def learn(run: Run, refill: bool, number: int, rows: list[PromptRow], pending: PendingRollout) -> None:
+def learn(run: Run, number: int, pending: PendingRollout) -> None:
     """One round, from the candidates on."""
     rollout = pending.result()
-    if refill:
-        run.refill(rollout, rows, number)
     learnt = run.learn(rollout.groups)
     run.publish(number)
     run.record(number, learnt, rollout)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from actors.calls import ActorLost, UpdateLost
-from actors.messages import PromptRow, RolloutResult
+from actors.messages import PromptRow, RolloutResult, RolloutStats, added
 from ember_ray.config import signals
 from ember_ray.config.cli import run_cli
 from ember_ray.config.errors import UserError
@@ -33,11 +33,11 @@ from ember_ray.tracking.summary import build_summary
 from ember_ray.tracking.trackers import Tracker, make_tracker
 from ember_ray.train.adapter_learner import STATE_FILE
 from ember_ray.train.batch import Demonstration
-from ember_ray.train.grpo_rows import zero_spread
 from ember_ray.train.options import DpoOptions
 from ember_ray.train.preferences import answers_to_score, reference_scores
+from recipes.earlier import Earlier, forget_before, kept
 from recipes.learners import Algorithm, start_learner
-from recipes.session import PendingRollout, Session, added
+from recipes.session import PendingRollout, Session
 from recipes.setup import load_rows, model_path, plan, sampling_params
 from recipes.tasks import task_of
 
@@ -82,6 +82,8 @@ class Run:
         self._tokenizer = Tokenizer(model_path(config))
         self.first_version = 0 if config.model.adapter is None else 1
         self.rounds_done = 0
+        self._ahead = getattr(getattr(config, algorithm.section), "async_steps", 0)
+        self._earlier = Earlier([], self._ahead, self.first_version, self.learner_path)
         self.before: Evaluation | None = None
         self.after: Evaluation | None = None
         self.mismatch: dict[str, dict[str, float]] = {}
@@ -112,11 +114,17 @@ class Run:
         """Number and prompts of each round that is still to come, within the budget of generated tokens.
 
         Epochs over the training rows, each in an order of its own; the same ones for the same seed, also after a
-        resume.
+        resume: then the engine is brought to the policy of each round first.
         """
+        for number, rows in self._rounds():
+            self._serve(self._earlier.version_for(number))
+            yield number, rows
+        self._serve(self._earlier.newest)
+
+    def _rounds(self) -> Iterator[tuple[int, list[PromptRow]]]:
         size = min(self.algorithm.prompts_a_round(self.config), len(self.train))
         budget = self.config.rollout.token_budget
-        if budget is not None and self.session.trained_prompts < self.rounds_done * size and self.algorithm.rolls_out:
+        if budget is not None and (self._earlier.last_prompts or size) < size:
             return  # the last round before the resume was cut to fit
         order: list[int] = []
         epoch = 0
@@ -127,6 +135,8 @@ class Run:
                 epoch += 1
             rows, order = [self.train[index] for index in order[:size]], order[size:]
             if number > self.rounds_done:
+                for row in self._earlier.ended_before(number):
+                    self.session.ended(row["prompts"], row["prompts_with_refill"], row["generated_tokens"])
                 if budget is not None:
                     rows = rows[: self._affordable(budget, size)]
                 if rows:
@@ -134,12 +144,22 @@ class Run:
                 if len(rows) < size:
                     return
 
-    def start_rollout(self, rows: Sequence[PromptRow], number: int) -> PendingRollout:
-        """Candidates of all rows, scored, under the policy as it is now; ``result()`` waits for them."""
+    def start_rollout(self, rows: Sequence[PromptRow], number: int, spare: Sequence[PromptRow] = ()) -> PendingRollout:
+        """Candidates of all rows, scored, under the policy as it is now; ``result()`` waits for them.
+
+        Args:
+            spare: groups whose rewards are all equal give their places to groups of these.
+        """
         config = self.config
         return self.session.start_rollout(
-            rows, config.rollout.num_candidates, sampling_params(config), number, "rollout"
+            rows, config.rollout.num_candidates, sampling_params(config), number, "rollout", spare
         )
+
+    def spare_rows(self, rows: Sequence[PromptRow], number: int) -> list[PromptRow]:
+        """Other prompts for groups that teach nothing: as many as the round's, or as there are."""
+        taken = {row.example.id for row in rows}
+        others = [row for row in self.train if row.example.id not in taken]
+        return random.Random(f"{self.config.seed}/refill/{number}").sample(others, min(len(rows), len(others)))
 
     def rollout(self, rows: Sequence[PromptRow], number: int) -> RolloutResult:
         """Candidates of all rows, scored."""
@@ -167,21 +187,6 @@ class Run:
             batch += reference_scores(answers, self.session.score(answers, self.first_version))
             self._seconds["scoring"] = time.monotonic() - begun
         return batch
-
-    def refill(self, result: RolloutResult, rows: Sequence[PromptRow], number: int) -> None:
-        """Puts groups of other prompts in the place of those whose rewards are all equal, as far as there are any.
-
-        Once a round, and what comes instead may be without spread as well; the places keep their order.
-        """
-        useless = zero_spread(result.groups)
-        taken = {row.example.id for row in rows}
-        others = [row for row in self.train if row.example.id not in taken]
-        random.Random(f"{self.config.seed}/refill/{number}").shuffle(others)
-        if useless and others:
-            more = self.start_rollout(others[: len(useless)], number).result()
-            for place, group in zip(useless, more.groups, strict=False):
-                result.groups[place] = group
-            result.stats = added(more.stats, result.stats)  # the version is that of the round's own prompts
 
     def learn(self, batch: Any) -> dict[str, float]:
         """One round of the learner. If its process dies, a fresh one goes on from the last whole round's state."""
@@ -213,6 +218,7 @@ class Run:
                 "prefix_hit_tokens": stats.prefix_hit_tokens,
                 "prefix_hit_rate": stats.prefix_hit_rate,
                 "prompts": len(result.groups),
+                "prompts_with_refill": stats.candidates // self.config.rollout.num_candidates,
                 "preemptions": stats.preemptions,
                 "recoveries": stats.recoveries,
                 "seconds/rollout": stats.seconds_generating,
@@ -224,10 +230,15 @@ class Run:
         metrics["seconds/round"] = now - self._round_began
         self._round_began, self._seconds = now, {}
         self.folder.append_metrics(metrics)
+        if (
+            self._ahead and self.config.rollout.publish
+        ):  # the next rollouts are under way with older policies, and are made again after a resume
+            self._ask_learner("saving", "save_adapter", kept(self.learner_path, session.policy_version))
         with signals.held():
             self._ask_learner("saving", "save_state", self.learner_path)
             self._learnt_from, self._revivals = None, 0
             self.rounds_done = number
+        forget_before(self.learner_path, session.policy_version - self._ahead)
         self.tracker.log(metrics, step=number)
         if result is not None:
             self.tracker.log_samples(number, list(_sample_rows(result.groups[:4])))
@@ -313,11 +324,21 @@ class Run:
         """Brings learner, engine and counts to the end of the last whole round of the run that is resumed."""
         self.rounds_done = self._keeping_learner(self._load_state)
         rows = self.folder.keep_rounds(self.rounds_done)
+        self._earlier = Earlier(rows, self._ahead, self.first_version, self.learner_path)
+        counted = ("generated_tokens", "prefill_tokens", "prefix_hit_tokens", "preemptions", "recoveries")
         for row in rows:
-            self.session.count(row)
-        if rows and rows[-1]["policy_version"] > self.first_version:
-            self._publish(rows[-1]["policy_version"])
+            if "generated_tokens" in row:
+                self.session.begun(row["prompts"])
+                more = RolloutStats(**{name: row[name] for name in counted})
+                self.session.totals = added(self.session.totals, more)
         self.console.info(f"going on after round {self.rounds_done}")
+
+    def _serve(self, version: int) -> None:
+        """Brings the engine of a resumed run to a version that an earlier session published."""
+        if self.session.policy_version < version == self._earlier.newest:
+            self._publish(version)
+        elif self.session.policy_version < version:
+            self.session.publish(self._earlier.adapter(version))
 
     def _evaluate(self, when: str) -> Evaluation:
         """Held-out prompts, sampled at the rollout's temperature and greedy; written to the run folder."""

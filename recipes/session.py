@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from actors import cluster
@@ -18,6 +17,7 @@ from actors.messages import (
     PromptRow,
     RolloutResult,
     RolloutStats,
+    added,
 )
 from actors.rollouts import DAY_S, Rollouts
 from ember_ray.config import signals
@@ -55,8 +55,8 @@ class Session:
 
     Attributes:
         totals: counts over all rollouts of the run.
-        trained_prompts, trained_tokens: prompts and generated tokens of the rollouts that were learnt from.
-        pending_prompts: of rollouts to learn from that have begun and were not waited for yet.
+        trained_prompts, trained_tokens: prompts and generated tokens of the rollouts to learn from that have ended.
+        pending_prompts: of rollouts to learn from that have begun and not ended.
         policy_version: what the engine serves.
     """
 
@@ -116,16 +116,24 @@ class Session:
             stage.note(f"{len(split)} stage{'s'[: len(split) > 1]} of {', '.join(map(str, split))} layers")
 
     def start_rollout(
-        self, rows: Sequence[PromptRow], num_candidates: int, params: SamplingParams, round_number: int, name: str
+        self,
+        rows: Sequence[PromptRow],
+        num_candidates: int,
+        params: SamplingParams,
+        round_number: int,
+        name: str,
+        spare: Sequence[PromptRow] = (),
     ) -> PendingRollout:
         """Begins to make candidates of all rows; other actors may work meanwhile.
 
         Args:
             round_number: another number gives other random numbers; 0 is not counted as training.
             name: of the phase on the console that waits for it.
+            spare: see `Coordinator.rollout`.
         """
-        ref = self._rollouts.begin(rows, num_candidates, params, round_number)
-        self.pending_prompts += len(rows) if round_number else 0
+        ref = self._rollouts.begin(rows, num_candidates, params, round_number, spare)
+        if round_number:
+            self.begun(len(rows))
         return PendingRollout(self, ref, len(rows), num_candidates, round_number, name)
 
     def finish_rollout(self, ref: Any, on_progress: Callable[[Progress], None]) -> RolloutResult:
@@ -137,13 +145,21 @@ class Session:
         with self.console.phase("scoring"):
             return self._rollouts.score(answers, policy_version, lambda progress: signals.check())
 
-    def count(self, row: Mapping[str, float]) -> None:
-        """Adds a round that an earlier session made, as its line of metrics tells it."""
-        names = ("generated_tokens", "prefill_tokens", "prefix_hit_tokens", "preemptions", "recoveries")
-        if "generated_tokens" in row:
-            self.totals = added(self.totals, RolloutStats(**{name: int(row[name]) for name in names}))
-            self.trained_prompts += int(row["prompts"])
-            self.trained_tokens += int(row["generated_tokens"])
+    def begun(self, prompts: int) -> None:
+        """Counts a rollout to learn from."""
+        self.pending_prompts += prompts
+
+    def ended(self, prompts: int, all_prompts: int, tokens: int) -> None:
+        """Counts the end of a rollout to learn from.
+
+        Args:
+            prompts: that it began with.
+            all_prompts: those that took the place of others included.
+            tokens: that it generated.
+        """
+        self.pending_prompts -= prompts
+        self.trained_prompts += all_prompts
+        self.trained_tokens += tokens
 
     def publish(self, update: Any) -> int:
         """Makes an adapter (or the ref of one) the policy of all stages; returns its version."""
@@ -166,13 +182,13 @@ class PendingRollout:
         self, session: Session, ref: Any, prompts: int, num_candidates: int, round_number: int, name: str
     ) -> None:
         self._session, self._ref, self._name = session, ref, name
-        self._prompts, self._total, self._round_number = prompts, prompts * num_candidates, round_number
+        self._prompts, self._num_candidates, self._round_number = prompts, num_candidates, round_number
 
     def result(self) -> RolloutResult:
         """The scored candidates of all rows, with progress on the console until they are there."""
         session = self._session
         console = session.console
-        with console.phase(self._name, total=self._total) as phase:
+        with console.phase(self._name, total=self._prompts * self._num_candidates) as phase:
 
             def show(progress: Progress) -> None:
                 signals.check()
@@ -190,17 +206,6 @@ class PendingRollout:
             result = session.finish_rollout(self._ref, show)
         session.totals = added(session.totals, result.stats)
         if self._round_number:
-            session.pending_prompts -= self._prompts
-            session.trained_prompts += self._prompts
-            session.trained_tokens += result.stats.generated_tokens
+            all_prompts = result.stats.candidates // self._num_candidates
+            session.ended(self._prompts, all_prompts, result.stats.generated_tokens)
         return result
-
-
-def added(total: RolloutStats, more: RolloutStats) -> RolloutStats:
-    """What two rollouts cost together; the policy version is the second one's."""
-    summed = {
-        field.name: getattr(total, field.name) + getattr(more, field.name)
-        for field in dataclasses.fields(RolloutStats)
-        if field.name != "policy_version"
-    }
-    return RolloutStats(**summed, policy_version=more.policy_version)

@@ -153,11 +153,10 @@ class GrpoSection(OptimizerSection):
     )
     skip_zero_std_groups: bool = Field(True, description="Leave out groups whose rewards are all equal.")
     refill: bool = Field(
-        False, description="Roll out other prompts in place of groups whose rewards are all equal, once a round."
+        False, description="Roll out other prompts in place of groups whose rewards are all equal, once a rollout."
     )
     async_steps: int = Field(
         0,
         ge=0,
-        description="Rounds that the rollout may run ahead of learning; the policy is that much older. The first "
-        "rounds after a resume are not ahead.",
+        description="Rounds that the rollout may run ahead of learning; the policy is that much older.",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -9,20 +10,29 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import recipes.run
 from actors.calls import ActorLost, UpdateLost
+from actors.messages import RolloutResult, RolloutStats, added
 from ember_ray.config.schema import GrpoExtractConfig, LearnConfig, SftExtractConfig
+from ember_ray.data.scored_group import ScoredGroup
+from ember_ray.model.lora import AdapterUpdate
 from ember_ray.tracking.console import Console
 from ember_ray.train.adapter_learner import STATE_FILE
 from recipes.learners import GRPO, SFT, Algorithm
 from recipes.run import MOST_REVIVALS, Run
+from recipes.session import Session
 
 
 def make_run(folder: Path, algorithm: Algorithm, kind: type[LearnConfig], **more: Any) -> Run:
     values = {"output_dir": str(folder), "tracker": "none", **more}
     values["data"] = {"train_examples": 64, "eval_prompts": 2}
-    return Run(kind.model_validate(values), algorithm, Console())
+    run = Run(kind.model_validate(values), algorithm, Console())
+    run.learner_path.mkdir(exist_ok=True)
+    run.session = Actors([])  # type: ignore[assignment]
+    return run
 
 
 def test_sft_takes_the_rows_a_round_that_it_is_told(tmp_path: Path) -> None:
@@ -30,64 +40,118 @@ def test_sft_takes_the_rows_a_round_that_it_is_told(tmp_path: Path) -> None:
     assert [len(rows) for _, rows in run.rounds()] == [20, 20, 20]
 
 
-class Meter:
-    """A session that only counts; every prompt costs as many tokens as `cost` says of its place in the run."""
+class Simulated:
+    """A session whose rollouts are over at once. Every prompt costs as many tokens as `cost` says of its place in the
+    run; of each rollout the first `refilled` prompts are replaced."""
 
-    def __init__(self, cost: Callable[[int], int]) -> None:
-        self.cost = cost
-        self.trained_prompts = self.trained_tokens = self.pending_prompts = 0
+    def __init__(self, cost: Callable[[int], int], refilled: int = 0) -> None:
+        self.cost, self.refilled = cost, refilled
+        self.totals = RolloutStats()
+        self.policy_version = self.trained_prompts = self.trained_tokens = self.pending_prompts = self.rolled = 0
 
-    def begin(self, prompts: int) -> None:
-        self.pending_prompts += prompts
+    begun, ended = Session.begun, Session.ended
 
-    def end(self, prompts: int) -> None:
-        for _ in range(prompts):
-            self.trained_tokens += self.cost(self.trained_prompts)
-            self.trained_prompts += 1
-        self.pending_prompts -= prompts
+    def call(self, phase: str, ref: Any) -> Any:
+        return ref[0].answer(*ref[1:])
+
+    def publish(self, update: Any) -> None:
+        version = update.version if isinstance(update, AdapterUpdate) else update[2][0]
+        assert version > self.policy_version
+        self.policy_version = version
+
+    def rollout(self, prompts: int, place: int) -> RolloutResult:
+        rolled = prompts + min(prompts, self.refilled)
+        tokens = sum(self.cost(place + number) for number in range(rolled))
+        stats = RolloutStats(candidates=8 * rolled, generated_tokens=tokens, policy_version=self.policy_version)
+        self.totals = added(self.totals, stats)
+        return RolloutResult([ScoredGroup(str(number), "", (), []) for number in range(prompts)], stats)
 
 
-def budgeted(folder: Path, ahead: int, cost: Callable[[int], int], budget: int, stop: int = 10**6) -> tuple[Run, Any]:
-    """The sizes of a run's rounds; with ``stop`` it is cut off after so many."""
-    rollout = {"prompts_per_round": 16, "token_budget": budget}
-    run = make_run(folder, GRPO, GrpoExtractConfig, rounds=50, rollout=rollout)
-    run.session = meter = Meter(cost)  # type: ignore[assignment]
-    return run, rounds_of(run, meter, ahead, stop)
+Rounds = list[tuple[int, int, int]]
 
 
-def rounds_of(run: Run, meter: Meter, ahead: int, stop: int = 10**6) -> list[int]:
-    sizes: list[int] = []
-    waiting: deque[int] = deque()
+def simulate(run: Run, session: Simulated, stop: int = 10**6) -> Rounds:
+    """Number, prompts and policy version of the rounds that a run begins; it ends after `stop` whole ones."""
+    rounds: Rounds = []
+    waiting: deque[tuple[int, RolloutResult]] = deque()
+    run.session = session  # type: ignore[assignment]
+    run.learner = Learner([])
+    if run.config.resume:
+        run._go_on()
+
+    def learn(number: int, result: RolloutResult) -> None:
+        session.ended(len(result.groups), result.stats.candidates // 8, result.stats.generated_tokens)
+        run.learn([number])
+        run.publish(number)
+        run.record(number, {}, result)
+
     for number, rows in run.rounds():
-        meter.begin(len(rows))
-        waiting.append(len(rows))
-        sizes.append(len(rows))
-        if len(waiting) > ahead:
-            meter.end(waiting.popleft())
-        if number == stop:
-            break
-    while waiting:
-        meter.end(waiting.popleft())
-    return sizes
+        rounds.append((number, len(rows), session.policy_version))
+        session.begun(len(rows))
+        waiting.append((number, session.rollout(len(rows), 100 * number)))
+        if len(waiting) > run._ahead:
+            learn(*waiting.popleft())
+        if run.rounds_done == stop:
+            return rounds
+    while waiting and run.rounds_done < stop:
+        learn(*waiting.popleft())
+    return rounds
+
+
+def budgeted(folder: Path, ahead: int, budget: int | None, rounds: int = 50, **more: Any) -> Run:
+    rollout = {"prompts_per_round": 16, "token_budget": budget}
+    return make_run(
+        folder, GRPO, GrpoExtractConfig, rounds=rounds, rollout=rollout, grpo={"async_steps": ahead}, **more
+    )
+
+
+def sizes(rounds: Rounds) -> list[int]:
+    return [size for _, size, _ in rounds]
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 2])
 def test_the_budget_counts_rollouts_that_run_ahead(ahead: int, tmp_path: Path) -> None:
-    run, sizes = budgeted(tmp_path, ahead, lambda place: 100, budget=100 * 72)
-    assert sizes == [16, 16, 16, 16, 8]
+    run = budgeted(tmp_path, ahead, 100 * 72)
+    assert sizes(simulate(run, Simulated(lambda place: 100))) == [16, 16, 16, 16, 8]
+
+
+def cheaper(place: int) -> int:
+    return 100 if place < 300 else 70  # so the cut round leaves some of the budget
 
 
 def test_one_round_is_cut_to_the_budget_and_none_comes_after_it(tmp_path: Path) -> None:
-    def cheaper(place: int) -> int:
-        return 100 if place < 32 else 70  # so the cut round leaves some of the budget
+    session = Simulated(cheaper)
+    assert sizes(simulate(budgeted(tmp_path, 0, 4000), session)) == [16, 16, 8]
+    assert session.trained_tokens < 4000
 
-    run, sizes = budgeted(tmp_path / "whole", 0, cheaper, budget=4000)
-    assert sizes == [16, 16, 8]
-    assert run.session.trained_tokens < 4000
 
-    resumed, first = budgeted(tmp_path / "resumed", 0, cheaper, budget=4000, stop=3)
-    resumed.rounds_done = 3
-    assert first == sizes and rounds_of(resumed, resumed.session, 0) == []  # type: ignore[arg-type]
+@pytest.mark.parametrize("refilled", [0, 5])
+@pytest.mark.parametrize("ahead", [0, 1, 2])
+def test_a_resumed_run_begins_the_rounds_that_were_to_come_as_they_were_to_be(
+    ahead: int, refilled: int, tmp_path: Path
+) -> None:
+    """Wherever it was cut off: with as many prompts, and under the versions that the engine had then."""
+    for budget, most in ((9000, 50), (None, 4)):
+        whole = simulate(budgeted(tmp_path / "whole", ahead, budget, most), Simulated(cheaper, refilled))
+        assert [version for _, _, version in whole] == [max(0, number - 1 - ahead) for number, _, _ in whole]
+        for stop in range(1, len(whole) + 1):
+            run = budgeted(tmp_path / "cut", ahead, budget, most)
+            first = Simulated(cheaper, refilled)
+            simulate(run, first, stop)
+            again = budgeted(tmp_path / "cut", ahead, budget, most, resume=str(run.folder.path))
+            session = Simulated(cheaper, refilled)
+            assert simulate(again, session) == whole[stop:]
+            assert (again.rounds_done, session.policy_version, again.learner.rounds) == (len(whole),) * 3
+            kept = {int(path.name.removeprefix("policy_v")) for path in again.learner_path.glob("policy_v*")}
+            assert kept == (set(range(len(whole) - ahead, len(whole) + 1)) if ahead else set())
+
+
+def write_adapter(folder: Path) -> None:
+    """A PEFT folder of one matrix."""
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1}))
+    names = [f"base_model.model.model.layers.0.self_attn.q_proj.lora_{half}.weight" for half in "AB"]
+    save_file({names[0]: torch.ones(1, 2), names[1]: torch.ones(2, 1)}, folder / "adapter_model.safetensors")
 
 
 class Learner:
@@ -110,6 +174,8 @@ class Learner:
             if self.losses and self.losses[0] == "save_state, written":
                 self.losses.pop(0)
                 raise ActorLost("save_state was cut off")
+        elif name == "save_adapter" and arguments[0].name.startswith("policy_v"):
+            write_adapter(arguments[0])
         elif name == "load_state":
             self.rounds = int((arguments[0] / STATE_FILE).read_text())
         return self.rounds
@@ -119,6 +185,7 @@ class Actors:
     """A session that asks the learner and nobody else."""
 
     policy_version = 0
+    totals = RolloutStats()
 
     def __init__(self, losses: list[str]) -> None:
         self.losses = losses
@@ -130,9 +197,6 @@ class Actors:
         pass
 
     def ready(self) -> None:
-        pass
-
-    def count(self, row: Any) -> None:
         pass
 
     def call(self, phase: str, ref: Any) -> Any:
@@ -151,7 +215,6 @@ def run_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., R
         left = list(losses)
         monkeypatch.setattr(recipes.run, "start_learner", lambda *_: Learner(left))
         run = make_run(tmp_path, SFT, SftExtractConfig, rounds=3, sft={"rows_per_round": 8})
-        run.learner_path.mkdir()
         run.session = Actors(left)  # type: ignore[assignment]
         monkeypatch.setattr(recipes.run, "Session", lambda *_: run.session)
         run._make_learner()
@@ -203,6 +266,7 @@ def test_a_run_is_resumed_also_if_the_learner_is_lost_meanwhile(lost: str, run_w
         run.folder.append_metrics({"round": number, "policy_version": number})
     run.session.losses.append(lost)  # type: ignore[attr-defined]
     run._go_on()
+    assert [number for number, _ in run.rounds()] == [3]
     assert run.session.losses == []  # type: ignore[attr-defined]
     assert (run.rounds_done, run.learner.rounds, run.session.policy_version) == (2, 2, 2)
 
