@@ -54,18 +54,20 @@ def stage_layers(split: Sequence[int], stage: int) -> range:
     return range(first, last)
 
 
-def stage_bytes(config: Qwen3Config, split: Sequence[int], dtype: str) -> list[int]:
-    """Bytes of weights on each stage: its layers, the embedding on the first, norm and LM head on the last."""
-    element = BYTES_PER_ELEMENT[dtype]
+def layer_range_parameters(config: Qwen3Config, layers: range) -> int:
+    """Parameters of a stage: its layers, the embedding on the first, norm and LM head on the last."""
     table = config.vocab_size * config.hidden_size
-    sizes = []
-    for stage, layers in enumerate(split):
-        count = layers * config.layer_parameters
-        if stage == 0:
+    count = len(layers) * config.layer_parameters
+    if layers.start == 0:
+        count += table
+    if layers.stop == config.num_hidden_layers:
+        count += config.hidden_size
+        if layers.start > 0 or not config.tie_word_embeddings:
             count += table
-        if stage == len(split) - 1:
-            count += config.hidden_size
-            if stage > 0 or not config.tie_word_embeddings:
-                count += table
-        sizes.append(count * element)
-    return sizes
+    return count
+
+
+def stage_bytes(config: Qwen3Config, split: Sequence[int], dtype: str) -> list[int]:
+    """Bytes of weights on each stage, see :func:`layer_range_parameters`."""
+    element = BYTES_PER_ELEMENT[dtype]
+    return [element * layer_range_parameters(config, stage_layers(split, stage)) for stage in range(len(split))]

@@ -6,7 +6,7 @@ merged into them; else adapters live beside them (see :mod:`ember_ray.model.slot
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +20,10 @@ from cuda_ext.rope import qk_norm_rope_write, rope_table
 from cuda_ext.skinny_linear import can_skinny, norm_linear, norm_linear_swiglu, skinny_linear
 from cuda_ext.swiglu import swiglu
 from cuda_ext.swiglu_lora import swiglu_lora
+from ember_ray.model.base_weights import SharedRoom, can_share, stacked
 from ember_ray.model.checkpoint import Checkpoint
 from ember_ray.model.dummy import dummy_reader
+from ember_ray.model.plan import layer_range_parameters
 from ember_ray.model.qwen3_config import Qwen3Config, rope_frequencies
 
 FUSED = {
@@ -31,6 +33,12 @@ FUSED = {
     "down_proj": ("down_proj",),
 }
 """Fused linear layer -> the projections in it, in row order."""
+
+LAYER_TENSORS = 10
+"""Most tensors of a decoder layer: four norms, four linear layers and the biases of two."""
+
+BLOCK_OF = {"qkv_proj": "self_attn", "o_proj": "self_attn", "gate_up_proj": "mlp", "down_proj": "mlp"}
+"""Fused linear layer -> the module of a decoder layer that it is in."""
 
 LayerLora = dict[str, FusedLora]
 """Fused linear layer name -> its adapter."""
@@ -52,27 +60,46 @@ class DecoderLayer:
     biases: dict[str, Tensor]
 
     @classmethod
-    def load(cls, config: Qwen3Config, index: int, read: Callable[[str, tuple[int, ...]], Tensor]) -> DecoderLayer:
+    def load(
+        cls,
+        config: Qwen3Config,
+        index: int,
+        read: Callable[[str, tuple[int, ...]], Tensor],
+        hold: Callable[[Sequence[Tensor]], Tensor],
+    ) -> DecoderLayer:
+        """Reads a layer's tensors; ``hold`` gives the parts of a fused one, stacked, a place to stay."""
         prefix = f"model.layers.{index}"
         weights: dict[str, Tensor] = {}
         biases: dict[str, Tensor] = {}
         for fused, projections in FUSED.items():
-            block = "self_attn" if fused in ("qkv_proj", "o_proj") else "mlp"
-            parts = [read(f"{prefix}.{block}.{name}.weight", config.linear_shapes[name]) for name in projections]
-            weights[fused] = torch.cat(parts) if len(parts) > 1 else parts[0]
+            block = BLOCK_OF[fused]
+            weights[fused] = hold(
+                [read(f"{prefix}.{block}.{name}.weight", config.linear_shapes[name]) for name in projections]
+            )
             if config.attention_bias and block == "self_attn":
                 rows = [read(f"{prefix}.{block}.{name}.bias", config.linear_shapes[name][:1]) for name in projections]
-                biases[fused] = torch.cat(rows)
+                biases[fused] = hold(rows)
         hidden, head = (config.hidden_size,), (config.head_dim,)
         return cls(
             config,
-            read(f"{prefix}.input_layernorm.weight", hidden),
-            read(f"{prefix}.post_attention_layernorm.weight", hidden),
-            read(f"{prefix}.self_attn.q_norm.weight", head),
-            read(f"{prefix}.self_attn.k_norm.weight", head),
+            hold([read(f"{prefix}.input_layernorm.weight", hidden)]),
+            hold([read(f"{prefix}.post_attention_layernorm.weight", hidden)]),
+            hold([read(f"{prefix}.self_attn.q_norm.weight", head)]),
+            hold([read(f"{prefix}.self_attn.k_norm.weight", head)]),
             weights,
             biases,
         )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it by transformers' names in a layer, but for those of the fused ones."""
+        named = {
+            "input_layernorm.weight": self.input_norm,
+            "post_attention_layernorm.weight": self.post_attention_norm,
+            "self_attn.q_norm.weight": self.q_norm,
+            "self_attn.k_norm.weight": self.k_norm,
+        }
+        named |= {f"{BLOCK_OF[name]}.{name}.weight": weight for name, weight in self.weights.items()}
+        return named | {f"{BLOCK_OF[name]}.{name}.bias": bias for name, bias in self.biases.items()}
 
     def linear(self, name: str, x: Tensor, lora: LayerLora) -> Tensor:
         weight, bias = self.weights[name], self.biases.get(name)
@@ -135,6 +162,11 @@ class StageModel:
         max_positions: length of the rope table.
         load_format: "auto" reads the checkpoint, "dummy" makes random weights of the right scale on the device.
 
+    Attributes:
+        base: the weights as they were loaded, by transformers' names but for those of the fused ones, which are
+            ``...qkv_proj`` and ``...gate_up_proj``; nothing writes them. ``lm_head.weight`` is among them if it is not
+            the embedding itself. On a CPU they lie in memory that other processes can open.
+
     Raises:
         ModelError: a tensor is missing or has another shape.
     """
@@ -151,30 +183,46 @@ class StageModel:
     ) -> None:
         self.config, self.layers, self.dtype, self.device = config, layers, dtype, device
         self.is_first, self.is_last = layers.start == 0, layers.stop == config.num_hidden_layers
+        hold = stacked
+        if torch.device(device).type == "cpu" and can_share():
+            tensors = LAYER_TENSORS * len(layers) + 3
+            hold = SharedRoom(layer_range_parameters(config, layers), tensors, dtype).place
         if load_format == "dummy":
-            self._load(dummy_reader(config, dtype, device))
+            self._load(dummy_reader(config, dtype, device), hold)
             self.tensors_read: tuple[str, ...] = ()
         else:
             with Checkpoint(folder) as checkpoint:
-                self._load(lambda name, shape: checkpoint.read(name, shape, dtype, device))
+                self._load(lambda name, shape: checkpoint.read(name, shape, dtype, device), hold)
                 self.tensors_read = tuple(checkpoint.names_read)
+        self.base = self._tensors()
         frequencies, factor = rope_frequencies(config)
         self.rope = rope_table(frequencies.to(device), factor, max_positions)
 
-    def _load(self, read: Callable[[str, tuple[int, ...]], Tensor]) -> None:
+    def _load(self, read: Callable[[str, tuple[int, ...]], Tensor], hold: Callable[[Sequence[Tensor]], Tensor]) -> None:
         config = self.config
         table = (config.vocab_size, config.hidden_size)
-        self.decoder_layers = [DecoderLayer.load(config, index, read) for index in self.layers]
-        self.embedding = read("model.embed_tokens.weight", table) if self.is_first else None
-        self.norm = read("model.norm.weight", table[1:]) if self.is_last else None
+        self.decoder_layers = [DecoderLayer.load(config, index, read, hold) for index in self.layers]
+        self.embedding = hold([read("model.embed_tokens.weight", table)]) if self.is_first else None
+        self.norm = hold([read("model.norm.weight", table[1:])]) if self.is_last else None
         self.lm_head: Tensor | None = None
         if self.is_last:
             if not config.tie_word_embeddings:
-                self.lm_head = read("lm_head.weight", table)
+                self.lm_head = hold([read("lm_head.weight", table)])
             elif self.embedding is not None:
                 self.lm_head = self.embedding
             else:
-                self.lm_head = read("model.embed_tokens.weight", table)
+                self.lm_head = hold([read("model.embed_tokens.weight", table)])
+
+    def _tensors(self) -> dict[str, Tensor]:
+        named = {
+            f"model.layers.{index}.{name}": tensor
+            for index, layer in zip(self.layers, self.decoder_layers, strict=True)
+            for name, tensor in layer.tensors().items()
+        }
+        ends = {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.norm}
+        if self.lm_head is not self.embedding:
+            ends["lm_head.weight"] = self.lm_head
+        return named | {name: tensor for name, tensor in ends.items() if tensor is not None}
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """[tokens] int64 -> [tokens, hidden]. First stage only."""

@@ -86,15 +86,14 @@ class MergedWeights:
 
     Args:
         indices: of the layers in the model.
-        layers: whose weights are live; copies of them are taken now, when no adapter is in them.
+        layers: whose weights are live; they become copies now, and those that were loaded the golden ones.
     """
 
     def __init__(self, indices: range, layers: Sequence[DecoderLayer]) -> None:
         self._layers = dict(zip(indices, layers, strict=True))
-        self._golden = {
-            index: {name: weight.clone() for name, weight in layer.weights.items()}
-            for index, layer in self._layers.items()
-        }
+        self._golden = {index: layer.weights for index, layer in self._layers.items()}
+        for layer in layers:
+            layer.weights = {name: weight.clone() for name, weight in layer.weights.items()}
         self._changed: dict[int, set[str]] = {index: set() for index in self._layers}
 
     def switch(self, adapter: dict[int, LayerLora]) -> None:

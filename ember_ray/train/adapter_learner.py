@@ -32,7 +32,10 @@ from ember_ray.train.options import LearnerOptions, LoraOptions
 from ember_ray.train.schedule import learning_rate_factor
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ember_ray.model.lora import AdapterUpdate
+    from ember_ray.train.shared_base import SharedBase
 
 STATE_FILE = "learner_state.pt"
 _DTYPES = ("float32", "bfloat16")
@@ -108,9 +111,12 @@ class AdapterLearner:
         output_dir: folder that TRL may write to (it does not); None takes a temporary one.
         init_adapter: PEFT folder of the adapter to start from, of the same shape as ``lora`` says. A reference
             policy is this adapter then. None starts from the base model.
+        base: the base model's weights, which are used where they lie, see ``shared_base.SharedBase``; they say what the
+            device is. None reads a copy of one's own from ``model_path``.
 
     Raises:
-        LearnerError: there is no model at ``model_path``, or the options or the adapter do not fit it.
+        LearnerError: there is no model at ``model_path``, or the options, the adapter or the base weights do not fit
+            it.
     """
 
     def __init__(
@@ -122,6 +128,7 @@ class AdapterLearner:
         device: str = "cpu",
         output_dir: str | Path | None = None,
         init_adapter: str | Path | None = None,
+        base: Mapping[str, Tensor] | None = None,
     ) -> None:
         if dtype not in _DTYPES:
             raise LearnerError(f"the learner's dtype must be one of {', '.join(_DTYPES)}, not '{dtype}'")
@@ -135,7 +142,8 @@ class AdapterLearner:
         self._temporary = tempfile.TemporaryDirectory(prefix="ember_learner_") if output_dir is None else None
         folder = Path(self._temporary.name if self._temporary else output_dir)  # type: ignore[arg-type]
         self._init_digest = None if init_adapter is None else weights_digest(init_adapter)
-        self._build(str(model_path), dtype, device, folder, init_adapter)
+        self._shared: SharedBase | None = None
+        self._build(str(model_path), dtype, device, folder, init_adapter, base)
 
     # -- what a subclass says -----------------------------------------------------------------------------------
 
@@ -150,16 +158,28 @@ class AdapterLearner:
     # -- building -------------------------------------------------------------------------------------------------
 
     def _build(
-        self, model_path: str, dtype: str, device: str, output_dir: Path, init_adapter: str | Path | None
+        self,
+        model_path: str,
+        dtype: str,
+        device: str,
+        output_dir: Path,
+        init_adapter: str | Path | None,
+        base: Mapping[str, Tensor] | None,
     ) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 
+        from ember_ray.train.shared_base import SharedBase
         from ember_ray.train.trl_trainer import StepWatch, own_random_numbers, quiet
 
         options = self.options
         with quiet(), own_random_numbers(options.seed):
-            model = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, dtype), local_files_only=True)
+            kind = getattr(torch, dtype)
+            if base is None:
+                model = AutoModelForCausalLM.from_pretrained(model_path, dtype=kind, local_files_only=True)
+            else:
+                self._shared = SharedBase(model_path, base, kind)
+                model = self._shared.model
             tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True)
             if tokenizer.eos_token_id is None:
                 raise LearnerError(f"the tokenizer of '{model_path}' has no EOS token")
@@ -175,9 +195,9 @@ class AdapterLearner:
             self._trainer.remove_callback(PrinterCallback)
             check_patterns(self.lora, adapter_scaling(self.model))
             optimizer = self._trainer.create_optimizer()
-        kind, warmup, planned = options.lr_scheduler_type, options.whole_warmup_steps, options.planned_steps
+        schedule, warmup, planned = options.lr_scheduler_type, options.whole_warmup_steps, options.planned_steps
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate_factor(kind, step, warmup, planned)
+            optimizer, lambda step: learning_rate_factor(schedule, step, warmup, planned)
         )
         self._trainer.lr_scheduler = self._scheduler
 
@@ -224,6 +244,17 @@ class AdapterLearner:
     def learning_rate(self) -> float:
         """The rate of the next optimizer step."""
         return float(self._scheduler.get_last_lr()[0])
+
+    def open_base(self, base: Mapping[str, Tensor]) -> None:
+        """Goes on with other base weights of the same values: the engine's, where it was made anew.
+
+        Raises:
+            LearnerError: they do not fit the model.
+            RuntimeError: this learner has a base of its own.
+        """
+        if self._shared is None:
+            raise RuntimeError("this learner has a base of its own; it was made without base=")
+        self._shared.open(base)
 
     def learn(self, batch: Sequence[Any]) -> dict[str, float]:
         """One round: ``epochs_per_round`` passes over the batch, in an order that depends on seed and round only.
