@@ -188,12 +188,18 @@ class AdapterPacker:
         Raises:
             AdapterError: a value is NaN or infinite in the flat tensor's dtype.
         """
-        if out is None:
-            out = torch.zeros(self.layout.numel, dtype=self._dtype, device=self._sources[0].device)
-        gathered = self._gathered or Gathered.of(self._sources, self.layout, out.device)
-        seen = gathered.copy_to(out).cpu()
-        refuse_not_finite(seen, self.layout.pieces, out.dtype)
-        return FlatAdapter(version, self.layout, out, self.scaling, seen[:, 1])
+        here = self._sources[0].device
+        if out is None or out.device != here:
+            flat = torch.zeros(self.layout.numel, dtype=self._dtype, device=here)
+        else:
+            flat = out
+        gathered = self._gathered or Gathered.of(self._sources, self.layout, here)
+        seen = gathered.copy_to(flat).cpu()
+        refuse_not_finite(seen, self.layout.pieces, self._dtype)
+        if out is not None and out is not flat:
+            out.copy_(flat)  # to the host
+            flat = out
+        return FlatAdapter(version, self.layout, flat, self.scaling, seen[:, 1])
 
 
 @dataclass(frozen=True)
@@ -220,7 +226,7 @@ class Gathered:
         tensors = [tensor.detach() for tensor in tensors]
         if len({tensor.dtype for tensor in tensors}) > 1:
             tensors = [tensor.float() for tensor in tensors]
-        if device.type == "cuda" and any(tensor.is_cuda for tensor in tensors):
+        if any(tensor.is_cuda for tensor in tensors):
             tensors = [tensor.to(device) for tensor in tensors]
         tensors, dtype = [tensor.contiguous() for tensor in tensors], tensors[0].dtype
         places = [(piece.first, prod(piece.shape)) for piece in layout.pieces]

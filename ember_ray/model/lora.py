@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from ember_ray.model.safetensors_file import read_float_tensors
+
 _TENSOR_NAME = re.compile(
     r"^(?:base_model\.model\.)?"
     r"(?P<path>model\.layers\.(?P<layer>\d+)\.(?:"
@@ -172,8 +174,6 @@ def load_peft_adapter(folder: str | Path, version: int) -> AdapterUpdate:
             (another PEFT type, DoRA and other variants of LoRA, a start that changed the base weight as PiSSA's
             does, modules_to_save, biases).
     """
-    from safetensors.torch import load_file
-
     folder = Path(folder)
     config_path, weights_path = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     for path in (config_path, weights_path):
@@ -181,7 +181,7 @@ def load_peft_adapter(folder: str | Path, version: int) -> AdapterUpdate:
             raise AdapterError(f"no PEFT adapter in '{folder}': {path.name} is missing")
     try:
         config = json.loads(config_path.read_text())
-        tensors = load_file(weights_path)
+        tensors = read_float_tensors(weights_path)
     except Exception as fault:
         raise AdapterError(f"PEFT adapter '{folder}' cannot be read: {fault}") from fault
     if not isinstance(config, dict) or not {"r", "lora_alpha"} <= config.keys():
