@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import multiprocessing
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,8 @@ from recipes.tasks import task_of
 
 CELLS, FAILURES = "cells.jsonl", "failed.jsonl"
 POLL_S = 0.2
+READERS = 4
+"""Processes that make rows of ended cells: pass@k and intervals take seconds, in which the next cells should begin."""
 GRACE_S = 20.0
 """What a cell that is told to end gets for its clean-up."""
 
@@ -60,6 +64,8 @@ class Comparison:
         self.rows: dict[str, dict[str, Any]] = {row["cell"]: row for row in whole_rows(self.folder / CELLS)}
         self.failed: dict[str, str] = {}
         self._running: list[Running] = []
+        self._measured: list[tuple[Cell, Future[dict[str, Any]]]] = []
+        self._pool = ProcessPoolExecutor(READERS, multiprocessing.get_context("spawn"), _only_by_parent)
         self._machine, self._gpus = machine_words(), gpus_to_share()
         for cell in cells:
             row = self.rows.get(cell.id)
@@ -74,6 +80,7 @@ class Comparison:
         return self
 
     def __exit__(self, *fault: object) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
         stop([running.process for running in self._running])
 
     def run(self) -> None:
@@ -85,7 +92,7 @@ class Comparison:
             f"time; what they say is in {self.folder / 'logs'}",
             flush=True,
         )
-        while waiting or self._running:
+        while waiting or self._running or self._measured:
             for cell in list(waiting):
                 if cell.start in self.failed:
                     waiting.remove(cell)
@@ -95,10 +102,17 @@ class Comparison:
                     self._running.append(self._begin(cell))
             time.sleep(POLL_S)
             if limit is not None and time.monotonic() - begun > limit:
-                print(f"time_limit_s={limit:g} is over; {len(waiting) + len(self._running)} cells are missing")
+                for cell, row in self._measured:
+                    self._finish(cell, row)
+                missing = len(waiting) + len(self._running)
+                print(f"time_limit_s={limit:g} is over; {missing} cells are missing", flush=True)
                 return
             for running in list(self._running):
                 self._look_at(running)
+            for cell, row in list(self._measured):
+                if row.done():
+                    self._measured.remove((cell, row))
+                    self._finish(cell, row)
 
     def _begin(self, cell: Cell) -> Running:
         runs, log = runs_of(self.folder, cell.id), self.folder / "logs" / f"{cell.id}.log"
@@ -141,33 +155,23 @@ class Comparison:
         elif status:
             self._fail(cell, f"{last_words(running.log)} (exit status {status})")
         else:
-            try:
-                self._finish(cell, wall)
-            except UserError as fault:
-                self._fail(cell, str(fault))
+            arguments = (self.config, cell, wall, self._machine, len(self._gpus))
+            self._measured.append((cell, self._pool.submit(made_row, *arguments)))
         self._running.remove(running)
 
-    def _finish(self, cell: Cell, wall: float) -> None:
-        config, run = self.config, find_run(runs_of(self.folder, cell.id))
-        row = cell_row(
-            cell,
-            run,
-            self.folder,
-            reader=reader_of(cell.task, held_out(load_config(recipe_class(cell), run / "config.yaml"))),
-            wall_seconds=wall,
-            at_once=config.at_once,
-            gpus=len(self._gpus),
-            gpu_price_per_hour=config.gpu_price_per_hour,
-            token_budget=config.token_budget,
-            machine=self._machine,
-        )
+    def _finish(self, cell: Cell, made: Future[dict[str, Any]]) -> None:
+        try:
+            row = made.result()
+        except UserError as fault:
+            self._fail(cell, str(fault))
+            return
         append(self.folder / CELLS, row)
         self.rows[cell.id] = row
         low, high = row["gain"][f"{QUALITY}_interval"]
         print(
             f"finished  {cell.id}: exact match {row['before'][QUALITY]:.3f} to {row['after'][QUALITY]:.3f}, gain "
-            f"{row['gain'][QUALITY]:+.3f} [{low:+.3f}, {high:+.3f}], {row['generated_tokens']:,} tokens, {wall:.0f} s "
-            f"({len(self.rows)} of {len(self.cells)})",
+            f"{row['gain'][QUALITY]:+.3f} [{low:+.3f}, {high:+.3f}], {row['generated_tokens']:,} tokens, "
+            f"{row['wall_seconds']:.0f} s ({len(self.rows)} of {len(self.cells)})",
             flush=True,
         )
 
@@ -175,6 +179,28 @@ class Comparison:
         self.failed[cell.id] = reason
         append(self.folder / FAILURES, {"cell": cell.id, "reason": reason})
         print(f"FAILED    {cell.id}: {reason}", flush=True)
+
+
+def made_row(config: CompareConfig, cell: Cell, wall_seconds: float, machine: str, gpus: int) -> dict[str, Any]:
+    """The row of a cell whose process has ended well.
+
+    Raises:
+        UserError: see `cell_row`.
+    """
+    folder = Path(config.output_dir)
+    run = find_run(runs_of(folder, cell.id))
+    return cell_row(
+        cell,
+        run,
+        folder,
+        reader=reader_of(cell.task, held_out(load_config(recipe_class(cell), run / "config.yaml"))),
+        wall_seconds=wall_seconds,
+        at_once=config.at_once,
+        gpus=gpus,
+        gpu_price_per_hour=config.gpu_price_per_hour,
+        token_budget=config.token_budget,
+        machine=machine,
+    )
 
 
 @contextmanager
@@ -251,3 +277,9 @@ def _end_with_parent() -> None:
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _only_by_parent() -> None:
+    """In a process of the pool: Ctrl-C is its parent's to hear, with whom it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _end_with_parent()
