@@ -1,6 +1,6 @@
-"""Rollouts on one GPU: the rows of the design's table, one JSON line each.
+"""Rollouts on one GPU or several: the rows of the design's table, one JSON line each.
 
-    python -m benchmarks.rollout [--rows NAME ...] [--engine ember transformers vllm] [--breakdown]
+    python -m benchmarks.rollout [--rows NAME ...] [--engine ember transformers vllm] [--breakdown] [--gpus 2]
 
 A row's batch runs once to warm up (which also captures CUDA graphs), then ``--repetitions`` times; ``seconds`` is the
 median, and prefill_s, decode_s and ms_per_step are those of the median repetition. It covers everything from token
@@ -21,6 +21,8 @@ Keys that need a word:
   peak_gib          most memory that torch held at once, the KV pool included
   prefill_tokens, prefix_hit_tokens   of one repetition, as the engine counted
   breakdown         milliseconds of one decode step by kind of work, see rollout_breakdown
+  gpus              above 1: a stage of the layers on each, floor and shares count them all, targets do not apply;
+                    ``stage_gpu_ms`` is what a decode step takes on each stage's GPU, of ``ms_per_step``
 
 Rows that the output has already for this commit, engine, GPU and model are skipped, so an interrupted run goes on
 where it was; ``--again`` measures them anew.
@@ -38,7 +40,9 @@ import traceback
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import date
+from functools import partial
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
@@ -47,6 +51,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.rollout_attention import layer_calls, time_calls
+from benchmarks.rollout_attention_peers import PEERS, peer_calls, peer_version
 from benchmarks.rollout_breakdown import step_breakdown
 from benchmarks.rollout_engines import (
     SHAPES,
@@ -61,17 +67,18 @@ from benchmarks.rollout_engines import (
     write_model_folder,
 )
 from benchmarks.rollout_rows import ROWS, Hardware, Row, expected_tokens, least_work
+from benchmarks.rollout_stages import StagesEngine
 from ember_ray.model.qwen3_config import Qwen3Config, read_model_config
 from ember_ray.tracking.files import json_line, read_jsonl, write_jsonl
 from ember_ray.tracking.summary import git_state
 
-ENGINES = ("ember", "transformers", "vllm")
+ENGINES = ("ember", "transformers", "vllm", *PEERS)
 LEAST_REPETITIONS = 3
 """A median of fewer says little; such rows are not kept."""
 
 COUNTS = ("decode_steps", "prefill_tokens", "prefix_hit_tokens")
 
-SAME_ROW = ("engine", "row", "git_commit", "gpu", "model", "dtype")
+SAME_ROW = ("engine", "row", "git_commit", "gpu", "gpus", "model", "dtype")
 
 
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
@@ -83,6 +90,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         "--shape", choices=SHAPES, default="qwen3-4b", help="tiny: a small shape and rows, to try it out"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--gpus", type=int, default=1, help="stages of ember, each on a GPU of its own")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--repetitions", type=int, default=3, help="fewer than 3 is a try: printed, not written down")
     parser.add_argument("--seed", type=int, default=1)
@@ -103,6 +111,8 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"there is no row {min(unknown)!r}; rows: {', '.join(known)}")
     if options.repetitions < 1:
         parser.error("--repetitions must be at least 1")
+    if options.gpus < 1 or (options.gpus > 1 and options.engine != ["ember"]):
+        parser.error("--gpus must be at least 1, and more than one is for --engine ember alone")
     if options.device == "cpu" and options.shape != "tiny" and options.model is None:
         parser.error("there is no CUDA device here; --shape tiny runs the benchmark itself on a CPU")
     return options
@@ -149,7 +159,7 @@ def check_answers(answers: list[Answer], row: Row, vocab: int, random_weights: b
 def measure(engine: Engine, row: Row, config: Qwen3Config, options: argparse.Namespace) -> dict[str, Any]:
     """Warms up, repeats, and gives the measured keys of a row."""
     found = engine.prepare(row)
-    runs: list[dict[str, float]] = []
+    runs: list[dict[str, Any]] = []
     for repetition in range(options.repetitions + 1):
         prompts = make_prompts(row, repetition, config.vocab_size, options.seed)
         if options.device != "cpu":
@@ -161,7 +171,7 @@ def measure(engine: Engine, row: Row, config: Qwen3Config, options: argparse.Nam
         seconds = time.perf_counter() - start
         check_answers(engine.answers(made), row, config.vocab_size, options.model is None)
         figures = engine.figures()
-        if isinstance(engine, EmberEngine):
+        if isinstance(engine, EmberEngine | StagesEngine):
             counted = (int(figures["prefill_tokens"]), int(figures["prefix_hit_tokens"]))
             wanted = expected_tokens(row, engine.block_size)
             if counted != wanted:
@@ -175,7 +185,7 @@ def measure(engine: Engine, row: Row, config: Qwen3Config, options: argparse.Nam
     middle = min(runs, key=lambda run: abs(run["seconds"] - statistics.median(times)))
     whole = {name: int(middle[name]) if name in middle else None for name in COUNTS}
     steps = whole["decode_steps"]
-    return found | {
+    measured: dict[str, Any] = {
         "seconds": statistics.median(times),
         "seconds_min": min(times),
         "seconds_max": max(times),
@@ -185,15 +195,18 @@ def measure(engine: Engine, row: Row, config: Qwen3Config, options: argparse.Nam
         "ms_per_step": 1e3 * middle["decode_s"] / steps if steps else None,
         **whole,
         "peak_gib": None if options.device == "cpu" else torch.cuda.max_memory_allocated() / 2**30,
+        **{name: middle[name] for name in ("peak_gib", "stage_gpu_ms") if name in middle},
     }
+    return found | measured
 
 
-def measure_attention(row: Row, config: Qwen3Config, options: argparse.Namespace) -> dict[str, Any]:
-    """Group decode attention of one layer, alone."""
-    from benchmarks.rollout_attention import time_group_attention
-
-    times = time_group_attention(row, config, options.device, getattr(torch, options.dtype), options.repetitions)
-    return {
+def measure_attention(name: str, row: Row, config: Qwen3Config, options: argparse.Namespace) -> dict[str, Any]:
+    """Decode attention of one layer, alone."""
+    make = layer_calls if name == "ember" else partial(peer_calls, name)
+    calls = make(row, config, options.device, getattr(torch, options.dtype))
+    times = time_calls(calls, options.device, options.repetitions)
+    versions: dict[str, Any] = {} if name == "ember" else {"engine_version": peer_version()}
+    return versions | {
         "seconds": statistics.median(times),
         "seconds_min": min(times),
         "seconds_max": max(times),
@@ -249,6 +262,8 @@ def build(
     wanted: dict[str, Any] = {"max_num_batched_tokens": options.max_num_batched_tokens}
     if options.gpu_memory_utilization is not None:
         wanted["gpu_memory_utilization"] = options.gpu_memory_utilization
+    if options.gpus > 1:
+        return StagesEngine(model, rows, options.gpus, options.device, options.dtype, load_format, wanted)
     return EmberEngine(model, rows, options.device, options.dtype, load_format, wanted)
 
 
@@ -261,14 +276,14 @@ class Run:
         if self.model is None:
             self.model, self.load_format = write_model_folder(folder, options.shape), "dummy"
         self.config = read_model_config(self.model)
-        self.hardware = Hardware(options.copy_bandwidth, options.gemm_rate)
+        self.hardware = Hardware(options.gpus * options.copy_bandwidth, options.gpus * options.gemm_rate)
         commit, dirty = git_state()
         gpu = gpu_name(options.device)
         self.common: dict[str, Any] = {
             "seed": options.seed,
             "dtype": options.dtype,
             "model": options.model.name if options.model else options.shape,
-            "gpus": int(options.device != "cpu"),
+            "gpus": options.gpus * int(options.device != "cpu"),
             "gpu": gpu,
             "torch": torch.__version__,
             "git_commit": options.git_commit or commit,
@@ -285,16 +300,19 @@ class Run:
         rows = [row for row in ROWS if not self.options.rows or row.name in self.options.rows]
         if self.options.shape == "tiny":
             rows = [row.shrunk() for row in rows]
+        if self.options.gpus > 1:
+            rows = [replace(row, target_seconds=None) for row in rows if not row.attention_only]
         for name in self.options.engine:
-            if name == "vllm" and find_spec("vllm") is None:
-                print("vllm: it is not installed here; install it, or leave it out of --engine", file=sys.stderr)
+            package = "flash_attn" if name in PEERS else name
+            if name != "ember" and find_spec(package) is None:
+                print(f"{package}: it is not installed here; install it, or leave it out of --engine", file=sys.stderr)
                 self.failed.append(name)
                 continue
             wanted = [row for row in rows if name in row.engines and not self._is_there(name, row)]
             for row in wanted:
                 if row.attention_only:
                     with self._one_failure(name, row.name):
-                        self._write(name, row, measure_attention(row, self.config, self.options), {})
+                        self._write(name, row, measure_attention(name, row, self.config, self.options), {})
             rest = [row for row in wanted if not row.attention_only]
             for _, same in groupby(rest, key=lambda row: row.lora_mode):
                 self._measure_on_one_engine(name, list(same))

@@ -1,4 +1,4 @@
-"""Group decode attention of one layer, alone, at the lengths of a row."""
+"""Group decode attention of one layer, alone, at the lengths of a row; and how attention alone is timed."""
 
 from __future__ import annotations
 
@@ -54,12 +54,9 @@ def layer_calls(row: Row, config: Qwen3Config, device: str, dtype: torch.dtype) 
 
 
 @torch.inference_mode()
-def time_group_attention(
-    row: Row, config: Qwen3Config, device: str, dtype: torch.dtype, repetitions: int
-) -> list[float]:
+def time_calls(calls: list[Callable[[], torch.Tensor]], device: str, repetitions: int) -> list[float]:
     """Seconds of one call, for each repetition: on a GPU by events around the replay of a graph of several calls."""
-    calls = layer_calls(row, config, device, dtype)
-    calls *= -(-CALLS // len(calls))
+    calls = calls * -(-CALLS // len(calls))
     if device == "cpu":
         times = []
         for repetition in range(repetitions + 1):

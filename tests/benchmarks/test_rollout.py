@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks import rollout
+from benchmarks.rollout_attention_peers import PEERS, peer_calls
 from benchmarks.rollout_breakdown import Kernel, by_kind, decode_steps, kind_of, own_times, read_trace
 from benchmarks.rollout_engines import EmberEngine, Refused, TransformersEngine, write_model_folder
 from benchmarks.rollout_rows import ROWS, Hardware, Row, expected_tokens, least_work
@@ -180,7 +181,9 @@ def test_all_rows_run_and_a_second_call_goes_on(tmp_path: Path, capsys: pytest.C
         file.write('{"engine": "ember", "row": "1x1_2048_12')
     assert rollout.main([*call, "--engine", "ember", "transformers"]) == 0
     rows = [(line["engine"], line["row"]) for line in map(json.loads, output.read_text().splitlines())]
-    assert sorted(rows) == sorted((name, row.name) for row in ROWS for name in row.engines if name != "vllm")
+    assert sorted(rows) == sorted(
+        (name, row.name) for row in ROWS for name in row.engines if name in ("ember", "transformers")
+    )
     slots = next(line for line in map(json.loads, output.read_text().splitlines()) if line["lora_mode"] == "slots")
     assert slots["publish_s"] > 0 and slots["lora_rank"] == 4
     assert rollout.main([*call, "--rows", few[0], "--again"]) == 0
@@ -212,12 +215,38 @@ def test_a_try_is_printed_but_not_written_down(
     assert not list(tmp_path.iterdir())
 
 
-def test_vllm_that_is_not_there_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if find_spec("vllm"):
-        pytest.skip("vLLM is installed here")
-    call = ["--shape", "tiny", "--device", "cpu", "--output", str(tmp_path / "r.jsonl"), "--engine", "vllm"]
+@pytest.mark.parametrize(("engine", "package"), [("vllm", "vllm"), ("flash_attn_two_part", "flash_attn")])
+def test_a_peer_that_is_not_there_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], engine: str, package: str
+) -> None:
+    if find_spec(package):
+        pytest.skip(f"{package} is installed here")
+    call = ["--shape", "tiny", "--device", "cpu", "--output", str(tmp_path / "r.jsonl"), "--engine", engine]
     assert rollout.main(call) == 1
-    assert "vllm: it is not installed here" in capsys.readouterr().err
+    assert f"{package}: it is not installed here" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("peer", PEERS)
+def test_flash_attn_computes_what_it_is_measured_against(peer: str, qwen3_4b: Qwen3Config, tmp_path: Path) -> None:
+    pytest.importorskip("flash_attn")
+    row = replace(BY_NAME["group_attention_100x8_2048_64"], prompts=3, n=5, prompt=512, gen=37)
+    (call,) = peer_calls(peer, row, qwen3_4b, "cuda", torch.bfloat16)  # compares itself with ours
+    assert call().shape == (15, 32, 128)
+    with pytest.raises(Refused, match="no whole pages of 256"):
+        peer_calls(peer, replace(row, prompt=500), qwen3_4b, "cuda", torch.bfloat16)
+
+
+@pytest.mark.slow
+def test_stages_run_the_rows_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a CPU: two actors and gloo between them."""
+    call = ["--shape", "tiny", "--device", "cpu", "--gpus", "2", "--output", str(tmp_path / "r.jsonl")]
+    assert rollout.main([*call, "--rows", "8x8_2048_128", "100x8_2048_128_slots"]) == 1
+    assert "slots: several GPUs are measured without an adapter only" in capsys.readouterr().err
+    (line,) = map(json.loads, (tmp_path / "r.jsonl").read_text().splitlines())
+    assert KEYS <= line.keys() and line["transport"] == "gloo" and line["layer_split"] == "1+1"
+    assert line["target_seconds"] is None and line["prefill_tokens"] == 3 * 64
+    assert line["prefill_s"] + line["decode_s"] <= line["seconds"] and line["decode_steps"] >= line["gen"] - 1
 
 
 def test_transformers_serves_the_same_weights(tiny: Path) -> None:
