@@ -103,18 +103,59 @@ def test_a_faulty_twin_fails(twin: str, tmp_path: Path) -> None:
     assert (all_logits(model, tokens) - reference(network, tokens)).abs().max() > 100 * TOLERANCE
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_adapter_logits_equal_peft(name: str, tmp_path: Path) -> None:
+def test_adapter_logits_equal_peft(name: str, device: str, tmp_path: Path) -> None:
     network = make_qwen3(tmp_path / "model")
     tokens = random_prompts([120], seed=5)[0]
     base = reference(network, tokens)
     theirs = reference(make_adapter(network, tmp_path / "adapter", **ADAPTERS[name]), tokens)
     assert (theirs - base).abs().max() >= 0.5, "this adapter could not show a fault"
-    _, model = stage_model(tmp_path / "model")
     update = load_peft_adapter(tmp_path / "adapter", 1)
-    assert (all_logits(model, tokens, update) - theirs).abs().max() < TOLERANCE
     twin = dataclasses.replace(update, scaling={path: 1.01 * scale for path, scale in update.scaling.items()})
-    assert (all_logits(model, tokens, twin) - theirs).abs().max() > 10 * TOLERANCE
+    _, model = stage_model(tmp_path / "model", device=device)
+    for lora_mode in ("slots", "merged"):  # in this order: what is merged stays in the weights
+        assert (all_logits(model, tokens, update, lora_mode) - theirs).abs().max() < TOLERANCE, lora_mode
+    for lora_mode in ("slots", "merged"):
+        _, model = stage_model(tmp_path / "model", device=device)
+        assert (all_logits(model, tokens, twin, lora_mode) - theirs).abs().max() > 10 * TOLERANCE, lora_mode
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("lora_mode", ["slots", "merged"])
+def test_half_precision_with_an_adapter_is_as_close_to_float32_as_peft(
+    lora_mode: str, device: str, tmp_path: Path
+) -> None:
+    """Log-probabilities of the same tokens: median and p95 of the distance from PEFT in float32."""
+    from peft import PeftModel
+
+    network = make_qwen3(tmp_path / "model", hidden_size=128, num_hidden_layers=4)
+    make_adapter(network, tmp_path / "adapter", r=8, lora_alpha=8, target_modules="all-linear")
+    prompts = random_prompts([96] * 24, seed=9)
+
+    def peft(dtype: torch.dtype) -> list[torch.Tensor]:
+        model = type(network).from_pretrained(tmp_path / "model", dtype=dtype)
+        adapted = PeftModel.from_pretrained(model, tmp_path / "adapter", autocast_adapter_dtype=False).eval().to(device)
+        with torch.no_grad():
+            return [adapted(torch.tensor([row], device=device)).logits[0].float().cpu() for row in prompts]
+
+    def picked(logits: torch.Tensor, row: tuple[int, ...]) -> torch.Tensor:
+        return logits[:-1].float().log_softmax(-1).gather(-1, torch.tensor(row[1:])[:, None])
+
+    _, model = stage_model(tmp_path / "model", torch.bfloat16, device)
+    update = load_peft_adapter(tmp_path / "adapter", 1)
+    own = [all_logits(model, prompts[0], update, lora_mode)]
+    # what is merged is in the weights by now
+    own += [all_logits(model, row, update if lora_mode == "slots" else None) for row in prompts[1:]]
+    exact, theirs = peft(torch.float32), peft(torch.bfloat16)
+
+    def off(half: list[torch.Tensor]) -> torch.Tensor:
+        rows = zip(half, exact, prompts, strict=True)
+        return torch.cat([(picked(one, row) - picked(true, row)).abs() for one, true, row in rows])
+
+    ours_off, theirs_off = off(own), off(theirs)
+    assert ours_off.median() <= 1.05 * theirs_off.median()
+    assert ours_off.quantile(0.95) <= 1.05 * theirs_off.quantile(0.95)
 
 
 @pytest.mark.parametrize("name", ["tied-gqa", "untied-one-kv-head", "yarn"])

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cuda_ext.prefill_attention import PrefillBatch, prefill_attention
-from ember_ray.model.adapter_layout import Gathered, adapter_layout
-from ember_ray.model.lora import AdapterUpdate, check_adapter
-from ember_ray.model.qwen3 import LayerLora, StageModel
+from cuda_ext.prefill_attention import PrefillBatch, choose_backend, prefill_attention
+from ember_ray.model.lora import AdapterUpdate
+from ember_ray.model.qwen3 import StageModel
 from ember_ray.model.qwen3_config import Qwen3Config, read_model_config
+from ember_ray.model.slots import AdapterSlots, MergedWeights
 
 VOCAB = 300
 EOS, PAD = 1, 0
@@ -71,35 +71,44 @@ def random_prompts(lengths: list[int], seed: int = 0) -> list[tuple[int, ...]]:
     return [tuple(torch.randint(2, 258, (length,), generator=generator).tolist()) for length in lengths]
 
 
-def stage_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Qwen3Config, StageModel]:
+def stage_model(
+    folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[Qwen3Config, StageModel]:
     config = read_model_config(folder)
     layers = range(config.num_hidden_layers)
-    return config, StageModel(folder, config, layers, dtype, "cpu", config.max_position_embeddings)
+    return config, StageModel(folder, config, layers, dtype, device, config.max_position_embeddings)
 
 
 @torch.inference_mode()
 def all_logits(
-    model: StageModel, token_ids: list[int] | tuple[int, ...], update: AdapterUpdate | None = None
+    model: StageModel,
+    token_ids: list[int] | tuple[int, ...],
+    update: AdapterUpdate | None = None,
+    lora_mode: str = "slots",
 ) -> Tensor:
-    """Logits [tokens, vocab] of every position, through the stage's layers and the paged cache."""
-    config = model.config
-    lora: dict[int, LayerLora] = {}
+    """Logits [tokens, vocab] of every position on the CPU, through the stage's layers and the paged cache.
+
+    Args:
+        lora_mode: "merged" leaves the adapter in the model's weights.
+    """
+    config, device = model.config, model.device
+    merged = MergedWeights(model.layers, model.decoder_layers) if lora_mode == "merged" else None
+    adapters = AdapterSlots(config, model.layers, model.dtype, device, merged=merged)
     if update is not None:
-        checked = check_adapter(update, config.linear_shapes, config.num_hidden_layers)
-        layout, scaling, tensors = adapter_layout(checked, config.linear_shapes)
-        flat = torch.zeros(layout.numel, dtype=model.dtype)
-        Gathered.of(tensors, layout, "cpu").copy_to(flat)
-        lora = layout.fused(flat, scaling)
+        adapters.stage(update)
+        adapters.commit(update.version)
     count = len(token_ids)
     # slots in a scrambled order: nothing may depend on where a position lies
     slots = torch.randperm(count + 7, generator=torch.Generator().manual_seed(count))[:count]
     shape = (len(model.layers), 2, count + 7, config.num_key_value_heads, config.head_dim)
-    cache = torch.full(shape, torch.nan, dtype=model.dtype)
+    cache = torch.full(shape, torch.nan, dtype=model.dtype, device=device)
 
-    batch = PrefillBatch.build([count], [slots.numpy()], "cpu")
+    batch = PrefillBatch.build([count], [slots.numpy()], device)
+    backend, _ = choose_backend("auto", model.dtype, config.head_dim, device)
 
     def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
-        return prefill_attention(q, k_cache, v_cache, batch, config.head_dim**-0.5, "sdpa")
+        return prefill_attention(q, k_cache, v_cache, batch, config.head_dim**-0.5, backend)
 
-    hidden = model.forward(model.embed(torch.tensor(token_ids)), torch.arange(count), slots, cache, attention, lora)
-    return model.logits(model.final_norm(hidden))
+    tokens, positions = torch.tensor(token_ids, device=device), torch.arange(count, device=device)
+    hidden = model.forward(model.embed(tokens), positions, slots.to(device), cache, attention, adapters.active)
+    return model.logits(model.final_norm(hidden)).cpu()
