@@ -1,4 +1,7 @@
-"""Adapter updates as numpy arrays: Ray hands those to many readers without a copy, torch tensors it pickles."""
+"""Adapter updates between processes that share no memory, and a stage's answer to any update.
+
+They travel as numpy arrays: Ray hands those to many readers without a copy, torch tensors it pickles.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,18 @@ class PackedAdapter:
     arrays: dict[str, np.ndarray]
     bfloat16: frozenset[str]
     scaling: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a stage does not take an update.
+
+    Attributes:
+        lost: nothing is wrong with the update, but it is not to be had (any more) from who made it.
+    """
+
+    text: str
+    lost: bool = False
 
 
 def pack_adapter(update: AdapterUpdate) -> PackedAdapter:

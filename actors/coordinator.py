@@ -17,6 +17,7 @@ from actors.verifier import VerifierPool
 if TYPE_CHECKING:
     from actors.adapter_wire import PackedAdapter
     from ember_ray.engine.sampling_params import SamplingParams
+    from ember_ray.model.adapter_outbox import AdapterNotice
     from ember_ray.model.lora import AdapterUpdate
     from ember_ray.train.batch import Answer
 
@@ -53,8 +54,9 @@ class CoordinatorMetrics:
             self._recoveries.inc(result.stats.recoveries)
 
 
-# Work runs in the default group, one call after the other; the group "watch" answers meanwhile.
-@ray.remote(num_cpus=0, concurrency_groups={"watch": 4})
+# Work runs in the default group, one call after the other; "watch" answers meanwhile, and "prepare" lets the stages
+# hold the next policy while they generate.
+@ray.remote(num_cpus=0, concurrency_groups={"watch": 4, "prepare": 1})
 class Coordinator:
     """Makes stages and verifiers as its children (they end with it) and does rollouts and publications with them."""
 
@@ -151,11 +153,12 @@ class Coordinator:
         finally:
             self._rest()
 
-    def publish(self, update: AdapterUpdate | PackedAdapter) -> int:
+    def publish(self, update: AdapterUpdate | PackedAdapter | AdapterNotice) -> int:
         """Makes an update the official version on all stages or on none; gives its version.
 
         Raises:
             AdapterError: the update is refused and the old version serves on.
+            UpdateLost: the update is not to be had from the learner that wrote it; the old version serves on.
             StageLost: the stages were lost too often in a row.
         """
         self._progress = Progress(phase="publishing", policy_version=self._server.official)
@@ -163,6 +166,11 @@ class Coordinator:
             return self._server.publish(update)
         finally:
             self._rest()
+
+    @ray.method(concurrency_group="prepare")
+    def prepare(self, update: PackedAdapter | AdapterNotice) -> None:
+        """Lets the stages check and hold an update whose `publish` comes after what they are at now."""
+        self._server.prepare(update)
 
     def rollback(self, version: int) -> int:
         """Makes an earlier version official again, exactly; 0 is the base model.
@@ -187,6 +195,20 @@ class Coordinator:
     def progress(self) -> Progress:
         """How far the running call is; cheap."""
         return self._progress
+
+    @ray.method(concurrency_group="watch")
+    def engine_dtype(self) -> str:
+        """What the stages serve in."""
+        return self._settings.engine.dtype
+
+    @ray.method(concurrency_group="watch")
+    def obstacle(self, source: bytes) -> str | None:
+        """Why a stage cannot read a learner's buffers (an `AdapterSource`, pickled); None where all can.
+
+        Raises:
+            StageLost: the stages are down.
+        """
+        return next((found for found in self._server.pipeline.call_all("obstacle", source) if found), None)
 
     @ray.method(concurrency_group="watch")
     def policy_version(self) -> int:

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from actors.adapter_wire import PackedAdapter
+    from actors.publisher import Publisher
     from ember_ray.data.scored_group import ScoredGroup
+    from ember_ray.model.adapter_outbox import AdapterNotice
     from ember_ray.train.adapter_learner import AdapterLearner
 
 LEARNER_NAME = "ember-learner"
@@ -73,6 +75,7 @@ class LearnerActor:
     def __init__(self, settings: LearnerSettings) -> None:
         self._settings = settings
         self._made: AdapterLearner | None = None
+        self._publisher: Publisher | None = None
 
     def start(self) -> None:
         """Loads the model; a second call does nothing.
@@ -119,15 +122,31 @@ class LearnerActor:
         """See `AdapterLearner.mismatch`."""
         return self._learner().mismatch(groups, limit)
 
-    def adapter_update(self, version: int) -> PackedAdapter:
-        """The adapter as it is now, as the coordinator's `publish` takes it (``actors.adapter_wire``).
+    def adapter_update(self, version: int, coordinator: Any = None) -> PackedAdapter | AdapterNotice:
+        """The adapter as it is now, as the coordinator's `publish` takes it.
+
+        Args:
+            coordinator: whose stages are to take it; see `Publisher`. Without one it is the tensors.
 
         Raises:
             LearnerError: a weight is NaN or infinite.
         """
         from actors.adapter_wire import pack_adapter
+        from actors.publisher import Publisher
+        from ember_ray.model.lora import AdapterError, AdapterUpdate
+        from ember_ray.train.adapter import adapter_scaling, adapter_tensors
+        from ember_ray.train.errors import LearnerError
 
-        return pack_adapter(self._learner().adapter_update(version))
+        learner = self._learner()
+        if coordinator is None:
+            return pack_adapter(learner.adapter_update(version))
+        try:
+            if self._publisher is None:
+                update = AdapterUpdate(0, adapter_tensors(learner.model), adapter_scaling(learner.model))
+                self._publisher = Publisher(self._settings.model_path, update, self._settings.device, coordinator)
+            return self._publisher.write(version)
+        except AdapterError as fault:
+            raise LearnerError(f"{fault} after learning; it is not published") from fault
 
     def save_adapter(self, folder: str | Path) -> None:
         """See `AdapterLearner.save_adapter`; the folder is on the actor's node."""

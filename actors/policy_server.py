@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from actors.adapter_wire import PackedAdapter, pack_adapter
-from actors.calls import StageLost
+from actors.adapter_wire import PackedAdapter, Refusal, pack_adapter
+from actors.calls import StageLost, UpdateLost, first_line
 from actors.pipeline import Pipeline
 
 if TYPE_CHECKING:
+    from ember_ray.model.adapter_outbox import AdapterNotice
     from ember_ray.model.lora import AdapterUpdate
     from ember_ray.train.batch import Answer
 
 BASE_VERSION = 0
+COPY_LIMIT_S = 60.0
+"""How long a copy of an adapter may take; it has been under way since the publication before."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -25,6 +30,11 @@ class PolicyServer:
     Then the decision is made here, by setting `official`, and every stage switches. A stage that dies before the
     decision comes back at the old version and the publication is tried again; one that dies after it comes back at
     the new one. So at no time do two stages serve different versions to a rollout.
+
+    A notice tells where a learner's update lies; stages read it there, and it is there until the next publication but
+    one. A copy for stages that are made anew is taken behind the switch, while other work goes on.
+
+    All methods are for one thread but `prepare`, which a second one may call at any time.
 
     Args:
         failures: pipelines lost in a row, without `succeeded` in between, before `recover` gives up.
@@ -38,7 +48,12 @@ class PolicyServer:
         self._failures_allowed = failures
         self._failures = 0
         self._updates: dict[int, Any] = {}
-        """By version, the one in use last behind the others, as the stages have them."""
+        """By version, the one in use last behind the others, as the stages have them: refs of packed adapters, of the
+        newest one its notice."""
+        self._copies: dict[int, Any] = {}
+        """By version: copies that are being taken, as refs."""
+        self._lock = threading.RLock()
+        self._prepared: int | None = None
 
     @property
     def versions(self) -> list[int]:
@@ -52,16 +67,18 @@ class PolicyServer:
             StageLost: they could not be brought up, also when tried again.
             ValueError: the engine refuses the model or the options.
         """
-        while True:
-            try:
-                self.pipeline.start()
-                self._restore()
-                return
-            except StageLost as lost:
-                self._count_failure(lost)
-            except BaseException:
-                self.pipeline.stop()
-                raise
+        with self._lock:
+            self._prepared = None
+            while True:
+                try:
+                    self.pipeline.start()
+                    self._restore()
+                    return
+                except StageLost as lost:
+                    self._count_failure(lost)
+                except BaseException:
+                    self.pipeline.stop()
+                    raise
 
     def ensure(self) -> None:
         """`start`, if the stages are down."""
@@ -82,7 +99,21 @@ class PolicyServer:
         """Work was done; losses are counted from 0 again."""
         self._failures = 0
 
-    def publish(self, update: AdapterUpdate | PackedAdapter) -> int:
+    def prepare(self, update: PackedAdapter | AdapterNotice) -> None:
+        """Lets the stages check and hold an update while they are at work, so that `publish` has only to switch.
+
+        It promises nothing: where anything is in the way, it is left to `publish` to do it and to say so.
+        """
+        with self._lock:
+            if update.version <= self.highest or not self.pipeline.stages:
+                return
+            try:
+                if not any(self.pipeline.call_all("stage_adapter", update)):
+                    self._prepared = update.version
+            except StageLost as lost:
+                logger.info("policy version %d was not prepared: %s", update.version, lost)
+
+    def publish(self, update: AdapterUpdate | PackedAdapter | AdapterNotice) -> int:
         """Makes an update the official version on all stages.
 
         Returns:
@@ -90,34 +121,38 @@ class PolicyServer:
 
         Raises:
             AdapterError: it is refused, or its version was seen before; the old version serves on.
+            UpdateLost: it is not to be had from who made it; the old version serves on, and the version is still new.
             StageLost: the stages are lost for good.
         """
         import ray
 
+        from ember_ray.model.adapter_outbox import AdapterNotice
         from ember_ray.model.lora import AdapterError
 
-        packed = update if isinstance(update, PackedAdapter) else pack_adapter(update)
-        if packed.version <= self.highest:
-            raise AdapterError(
-                f"policy version {packed.version} is not new (highest so far {self.highest}); versions are never reused"
-            )
-        self.highest = packed.version
-        shared = ray.put(packed)
-        while True:
-            try:
-                self.ensure()
-                refusals = [text for text in self.pipeline.call_all("stage_adapter", shared) if text is not None]
-                if refusals:
-                    self.pipeline.call_all("discard_adapter", packed.version)
-                    self.succeeded()
-                    raise AdapterError(refusals[0])
-                break
-            except StageLost as lost:
-                self.recover(lost)
-        self._updates[packed.version] = shared
-        self._switch(packed.version)
-        self._forget_old()
-        return packed.version
+        version = update.version
+        with self._lock:
+            if version <= self.highest:
+                raise AdapterError(
+                    f"policy version {version} is not new (highest so far {self.highest}); versions are never reused"
+                )
+            before, self.highest = self.highest, version
+            self._finish_copies()
+            if isinstance(update, AdapterNotice):
+                shared: Any = update
+            else:
+                shared = ray.put(update if isinstance(update, PackedAdapter) else pack_adapter(update))
+            refusals = self._stage(version, shared)
+            if refusals:
+                if all(refusal.lost for refusal in refusals):
+                    self.highest = before
+                    raise UpdateLost(refusals[0].text)
+                raise AdapterError(next(refusal.text for refusal in refusals if not refusal.lost))
+            self._updates[version] = shared
+            resident = self._switch(version)
+            self._updates = {number: kept for number, kept in self._updates.items() if number in resident}
+            if isinstance(update, AdapterNotice):
+                self._begin_copy(update)
+        return version
 
     def rollback(self, version: int) -> int:
         """Makes an earlier version official again, exactly as it was; 0 is the base model.
@@ -126,8 +161,9 @@ class PolicyServer:
             AdapterError: the version is unknown or no longer kept.
         """
         self._check_kept(version)
-        self.ensure()
-        self._switch(version)
+        with self._lock:
+            self.ensure()
+            self._switch(version)
         return version
 
     def score(self, answers: Sequence[Answer], version: int | None = None) -> list[list[float]]:
@@ -173,23 +209,67 @@ class PolicyServer:
             kept = ", ".join(str(number) for number in self.versions)
             raise AdapterError(f"policy version {version} cannot be served, it is not kept (kept: {kept})")
 
-    def _switch(self, version: int) -> None:
-        """The decision, and then its execution: whoever dies from here on comes back at the new version."""
+    def _stage(self, version: int, shared: Any) -> list[Refusal]:
+        """All stages hold an update, or none does; gives their refusals."""
+        prepared, self._prepared = self._prepared, None  # stages hold one update at a time
+        if prepared == version:
+            return []
+        while True:
+            try:
+                self.ensure()
+                refusals = [refusal for refusal in self.pipeline.call_all("stage_adapter", shared) if refusal]
+                if refusals:
+                    self.pipeline.call_all("discard_adapter", version)
+                    self.succeeded()
+                return refusals
+            except StageLost as lost:
+                self.recover(lost)
+
+    def _switch(self, version: int) -> set[int]:
+        """The decision, and then its execution: whoever dies from here on comes back at the new version.
+
+        Returns:
+            What the stages keep: no more can be rolled back to.
+        """
         self.official = version
         self._used(version)
-        try:
-            self.pipeline.call_all("commit_adapter", version)
-        except StageLost as lost:
-            self.recover(lost)
+        while True:
+            try:
+                resident = self.pipeline.call_all("commit_adapter", version)[0]
+                break
+            except StageLost as lost:
+                self.recover(lost)
         self.succeeded()
+        return {*resident, version}
+
+    def _begin_copy(self, notice: AdapterNotice) -> None:
+        if self.pipeline.stages:
+            self._copies[notice.version] = self.pipeline.stages[0].adapter_copy.remote(notice)
+
+    def _finish_copies(self) -> None:
+        """Puts copies in the place of notices; one that failed is left to the notice, which is good as long as it is
+        of the newest version."""
+        import ray
+        from ray.exceptions import RayError
+
+        copies, self._copies = self._copies, {}
+        for version, ref in copies.items():
+            try:
+                ray.get(ref, timeout=COPY_LIMIT_S)
+            except RayError as error:
+                logger.warning("no copy was taken of policy version %d: %s", version, first_line(error))
+                continue
+            if version in self._updates:
+                self._updates[version] = ref
 
     def _restore(self) -> None:
         """Gives fresh stages every version that is kept, in the order of their numbers; then they are used in the order
         in which they were, so that the same ones will leave, the official one last."""
+        self._finish_copies()
         for version, shared in sorted(self._updates.items()):
-            refusals = [text for text in self.pipeline.call_all("stage_adapter", shared) if text is not None]
+            refusals = [refusal for refusal in self.pipeline.call_all("stage_adapter", shared) if refusal]
             if refusals:
-                raise RuntimeError(f"policy version {version} was served before and is refused now: {refusals[0]}")
+                raise RuntimeError(f"policy version {version} was served before and is refused now: {refusals[0].text}")
             self.pipeline.call_all("commit_adapter", version)
         for version in [*self._updates, self.official]:
             self.pipeline.call_all("commit_adapter", version)
@@ -197,15 +277,6 @@ class PolicyServer:
     def _used(self, version: int) -> None:
         if version in self._updates:
             self._updates[version] = self._updates.pop(version)
-
-    def _forget_old(self) -> None:
-        """Keeps the tensors of what the stages keep: no more can be rolled back to."""
-        try:
-            resident = set(self.pipeline.call_all("resident_versions")[0]) | {self.official}
-        except StageLost as lost:
-            self.recover(lost)
-            return
-        self._updates = {version: shared for version, shared in self._updates.items() if version in resident}
 
     def _count_failure(self, lost: StageLost) -> None:
         self._failures += 1

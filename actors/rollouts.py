@@ -65,6 +65,7 @@ class Rollouts:
         actor: Any = Coordinator
         self.handle = actor.options(name="ember-coordinator").remote(settings, cluster.placement)
         self._starting = self.handle.start.remote()
+        self._begun: set[Any] = set()
 
     def ready(self, on_progress: OnProgress | None = None) -> None:
         """Waits until verifiers and stages are up.
@@ -90,13 +91,16 @@ class Rollouts:
             What `finish` takes. Calls to the coordinator are served one after the other: a publication that is asked
             for meanwhile comes after the rollout.
         """
-        return self.handle.rollout.remote(rows, num_candidates, sampling_params, round_number, spare)
+        ref = self.handle.rollout.remote(rows, num_candidates, sampling_params, round_number, spare)
+        self._begun.add(ref)
+        return ref
 
     def finish(self, begun: Any, on_progress: OnProgress | None = None) -> RolloutResult:
         """Waits for a rollout.
 
         The rollout as a whole has no limit (a stalled one fails by ``limits.stall``), its progress calls have.
         """
+        self._begun.discard(begun)
         return self._wait(begun, "the rollout", DAY_S, on_progress)
 
     def rollout(
@@ -121,8 +125,9 @@ class Rollouts:
         """Makes an adapter the official policy on all stages or on none.
 
         Args:
-            update: an ``AdapterUpdate``, or better the ObjectRef of one (what ``learner.method.remote()`` gives):
-                then its tensors go from actor to actor and never through the driver.
+            update: an ``AdapterUpdate``, or better the ObjectRef of what ``LearnerActor.adapter_update`` gives: then
+                its tensors never go through the driver. While a rollout runs the stages hold it already, so that they
+                have only to switch when it has ended.
 
         Returns:
             Its version.
@@ -134,6 +139,8 @@ class Rollouts:
         """
         from ray import ObjectRef
 
+        if self._begun and isinstance(update, ObjectRef):
+            self.handle.prepare.remote(update)
         try:
             return self._change(self.handle.publish.remote(update), "the publication")
         except ActorLost as lost:

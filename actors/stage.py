@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 if TYPE_CHECKING:
-    from actors.adapter_wire import PackedAdapter
+    from actors.adapter_wire import PackedAdapter, Refusal
     from ember_ray.engine.options import EngineOptions
     from ember_ray.engine.request import Candidate, GenerationRequest
     from ember_ray.engine.stage_engine import StageEngine
+    from ember_ray.model.adapter_outbox import AdapterInbox, AdapterNotice
     from ember_ray.train.batch import Answer
 
 
@@ -43,6 +44,7 @@ class StageActor:
     def __init__(self, stage: int, num_stages: int, run: str) -> None:
         self._stage, self._num_stages, self._run = stage, num_stages, run
         self._made: StageEngine | None = None
+        self._inbox: AdapterInbox
         self._transport: Any = None
         self._ended = threading.Event()
 
@@ -68,6 +70,7 @@ class StageActor:
         from actors.stage_metrics import StageMetrics
         from ember_ray.engine.stage_engine import StageEngine
         from ember_ray.engine.transport import LoopbackTransport, ProcessGroupTransport
+        from ember_ray.model.adapter_outbox import AdapterInbox
 
         torch.set_num_threads(threads)
         if self._num_stages == 1:
@@ -76,6 +79,7 @@ class StageActor:
             self._transport = ProcessGroupTransport(
                 self._stage, self._num_stages, master_addr, master_port, transport_limit_s, options.device
             )
+        self._inbox = AdapterInbox(options.device)
         self._made = StageEngine(options, self._stage, self._transport)
         metrics = StageMetrics(self._stage, self._run)
         threading.Thread(target=metrics.run, args=(self._made, self._ended), name="metrics", daemon=True).start()
@@ -112,21 +116,48 @@ class StageActor:
             if version != serving:
                 engine.commit_adapter(serving)
 
-    def stage_adapter(self, packed: PackedAdapter) -> str | None:
-        """Checks an update and holds it; None, or why it is refused."""
-        from actors.adapter_wire import unpack_adapter
-        from ember_ray.model.lora import AdapterError
+    @ray.method(concurrency_group="control")
+    def obstacle(self, source: bytes) -> str | None:
+        """Why this stage cannot read a learner's buffers; None where it can."""
+        return self._inbox.obstacle(source)
 
+    @ray.method(concurrency_group="control")
+    def stage_adapter(self, update: PackedAdapter | AdapterNotice) -> Refusal | None:
+        """Checks an update and holds it, also while a batch runs; None, or why it is refused."""
+        from actors.adapter_wire import PackedAdapter, Refusal, unpack_adapter
+        from ember_ray.model.lora import AdapterError
+        from ember_ray.model.tensor_handles import HandleError
+
+        engine = self._engine
         try:
-            self._engine.stage_adapter(unpack_adapter(packed))
+            with engine.beside():
+                engine.stage_adapter(
+                    unpack_adapter(update) if isinstance(update, PackedAdapter) else self._inbox.read(update)
+                )
         except AdapterError as refusal:
-            return str(refusal)
+            return Refusal(str(refusal))
+        except HandleError as loss:
+            return Refusal(f"policy version {update.version} cannot be read: {loss}", lost=True)
         return None
 
-    def commit_adapter(self, version: int) -> None:
-        """Switches to a held or resident version."""
-        self._engine.commit_adapter(version)
+    @ray.method(concurrency_group="control")
+    def adapter_copy(self, notice: AdapterNotice) -> PackedAdapter:
+        """What a notice tells of, as a copy that outlives the learner's buffer."""
+        from dataclasses import replace
 
+        from actors.adapter_wire import pack_adapter
+        from ember_ray.model.adapter_layout import update_of
+
+        with self._engine.beside():
+            adapter = self._inbox.read(notice)
+            return pack_adapter(update_of(replace(adapter, flat=adapter.flat.cpu())))
+
+    def commit_adapter(self, version: int) -> list[int]:
+        """Switches to a held or resident version; gives the versions that are resident from then on."""
+        self._engine.commit_adapter(version)
+        return list(self._engine.resident_versions)
+
+    @ray.method(concurrency_group="control")
     def discard_adapter(self, version: int) -> None:
         """Forgets a held version."""
         self._engine.discard_adapter(version)

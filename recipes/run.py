@@ -277,7 +277,11 @@ class Run:
 
     def _publish(self, version: int) -> None:
         """The learner's adapter as it is now. If another actor than the learner is lost, so is the run."""
-        self._keeping_learner(lambda: self.session.publish(self.learner.adapter_update.remote(version)), UpdateLost)
+
+        def publish() -> int:
+            return self.session.publish(self.learner.adapter_update.remote(version, self.session.coordinator))
+
+        self._keeping_learner(publish, UpdateLost)
 
     def _keeping_learner(self, ask: Callable[[], Any], loss: type[ActorLost] = ActorLost, again: bool = False) -> Any:
         """Asks the learner for something, and a fresh one if it is lost.

@@ -104,6 +104,11 @@ class Session:
     def __exit__(self, *fault: object) -> None:
         self._cluster.shutdown()
 
+    @property
+    def coordinator(self) -> Any:
+        """The coordinator's handle, for actors that talk to it."""
+        return self._rollouts.handle
+
     def ready(self) -> None:
         """Waits until stages and verifiers are up; other things may be started meanwhile.
 

@@ -281,7 +281,8 @@ class CudaRunner:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         # one stream for all: cuBLAS keeps a workspace for each that it was called on
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._capture_stream):
+        # other threads of the process (adapters are staged in one) may use CUDA meanwhile
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._capture_stream, capture_error_mode="thread_local"):
             self._step(rows)
         return graph
 

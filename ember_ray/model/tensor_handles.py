@@ -144,12 +144,13 @@ class PeerTensor:
         device: the GPU that copies; it needs peer access to the owner's.
 
     Raises:
-        HandleError: the owner has ended or is on another host, or there is no peer access.
+        HandleError: the owner has ended or is on another host, or there is no peer access; or the device is no GPU.
     """
 
     def __init__(self, handle: TensorHandle, device: torch.device | str) -> None:
         _check_host(handle)
-        assert isinstance(handle.memory, IpcMemory)
+        if not isinstance(handle.memory, IpcMemory) or torch.device(device).type != "cuda":
+            raise HandleError(f"the tensor and {device} are not two GPUs")
         index = torch.device(device).index
         self._handle = handle
         self._memory = _opened(handle.memory, torch.cuda.current_device() if index is None else index)

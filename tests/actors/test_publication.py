@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import ray
@@ -17,6 +19,9 @@ from actors.pipeline import Pipeline
 from actors.policy_server import PolicyServer
 from actors.rollouts import Patience, Rollouts
 from ember_ray.model.lora import AdapterError
+from tests.support import tensor_process as there
+from tests.support.adapters import random_adapter
+from tests.support.tensor_process import TensorProcess
 
 pytestmark = pytest.mark.slow
 
@@ -54,14 +59,67 @@ def server(cluster, make_settings) -> Iterator[PolicyServer]:
     made.close()
 
 
-@pytest.mark.parametrize("before", ["stage_adapter", "commit_adapter", "resident_versions"])
-def test_a_stage_dies_and_one_version_is_left_everywhere(server, make_update, before: str) -> None:
-    version = server.highest + 1
-    server.pipeline.kill_before = before
-    assert server.publish(make_update(version)) == version
-    assert server.pipeline.kill_before is None
-    assert server.official == version
-    assert server.pipeline.call_all("policy_version") == [version, version]
+@pytest.fixture
+def learner() -> Iterator[TensorProcess]:
+    """A process with an adapter's tensors and their outbox; it may be killed."""
+    with TensorProcess(OMP_NUM_THREADS="1") as process:
+        yield process
+
+
+@pytest.mark.parametrize("before", ["stage_adapter", "commit_adapter"])
+def test_a_stage_dies_and_one_version_is_left_everywhere(server, make_update, learner, tiny_model, before: str) -> None:
+    for shared in (False, True):
+        version = server.highest + 1
+        server.pipeline.kill_before = before
+        update = learner(there.write_adapter, tiny_model, version, version) if shared else make_update(version)
+        assert server.publish(update) == version
+        assert server.pipeline.kill_before is None
+        assert server.official == version
+        assert server.pipeline.call_all("policy_version") == [version, version]
+
+
+def test_stages_read_the_learners_memory_and_keep_what_it_published_when_it_is_killed(
+    server, learner, tiny_model
+) -> None:
+    answers = [((3, 4, 5), (6, 7, 8))]
+    first = server.highest + 1
+    by_value = replace(random_adapter(Path(tiny_model), seed=5), version=first)
+    server.publish(by_value)
+    wanted = server.score(answers)
+    notice = learner(there.write_adapter, tiny_model, first + 1, 5)
+    server.prepare(notice)
+    assert server.pipeline.call_all("policy_version") == [first, first]  # it is held only
+    server.publish(notice)
+    assert server.score(answers) == wanted
+    server.publish(learner(there.write_adapter, tiny_model, first + 2, 6))
+    assert server.score(answers) != wanted
+    other = server.score(answers)
+    server._finish_copies()
+    learner.kill()
+    server.recover(StageLost("for the test"))
+    assert server.score(answers) == other
+    server.rollback(first + 1)
+    assert server.score(answers) == wanted
+
+
+def test_a_learner_killed_before_its_update_was_read_changes_nothing(server, learner, tiny_model, make_update) -> None:
+    before, version = server.official, server.highest + 1
+    notice = learner(there.write_adapter, tiny_model, version, 5)
+    learner.kill()
+    with pytest.raises(UpdateLost, match=f"policy version {version} cannot be read: process .* has ended"):
+        server.publish(notice)
+    assert server.official == before
+    assert server.pipeline.call_all("policy_version") == [before, before]
+    assert server.publish(make_update(version)) == version  # a fresh learner's, which learnt the same again
+
+
+def test_an_update_that_was_written_over_is_refused(server, learner, tiny_model) -> None:
+    before, version = server.official, server.highest + 1
+    notices = [learner(there.write_adapter, tiny_model, version + number, number) for number in range(3)]
+    with pytest.raises(AdapterError, match=f"adapter version {version}: the checksum of .* is not the published one"):
+        server.publish(notices[0])
+    assert server.pipeline.call_all("policy_version") == [before, before]
+    assert server.publish(notices[1]) == version + 1
 
 
 def test_one_refusal_and_all_forget_the_update(server, make_update) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+from dataclasses import replace
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 TENSORS: dict[str, Any] = {}
@@ -59,6 +61,25 @@ def place(name: str) -> tuple[str, str]:
 
 def drop(name: str) -> None:
     del TENSORS[name]
+
+
+def write_adapter(folder: str, version: int, seed: int, device: str = "cpu") -> Any:
+    """What a learner does to publish: its tensors take new values, and the next buffer of its outbox gets them."""
+    import torch
+
+    from ember_ray.model.adapter_outbox import AdapterOutbox
+    from ember_ray.model.qwen3_config import read_model_config
+    from tests.support.adapters import random_adapter
+
+    made, config = random_adapter(Path(folder), version, seed), read_model_config(folder)
+    if "outbox" not in TENSORS:
+        TENSORS["adapter"] = replace(made, tensors={name: tensor.to(device) for name, tensor in made.tensors.items()})
+        TENSORS["outbox"] = AdapterOutbox(
+            TENSORS["adapter"], config.linear_shapes, config.num_hidden_layers, torch.float32, device
+        )
+    for name, tensor in TENSORS["adapter"].tensors.items():
+        tensor.copy_(made.tensors[name])
+    return TENSORS["outbox"].write(version)
 
 
 def _serve(pipe: Connection, environment: dict[str, str]) -> None:
