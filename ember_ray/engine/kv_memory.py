@@ -14,9 +14,14 @@ from ember_ray.engine.options import EngineOptions
 from ember_ray.engine.scorer import LOGITS_ROWS
 from ember_ray.engine.transport import Transport
 from ember_ray.model.qwen3 import StageModel
+from ember_ray.model.slots import SHAPES_KEPT, VERSIONS_KEPT
 
 RESERVE = 512 * 2**20
-"""Bytes left to what the trial does not see: CUDA itself, cuBLAS and cuDNN workspaces, adapters, fragmentation."""
+"""Bytes left to what the trial does not see: CUDA itself, cuBLAS and cuDNN workspaces, fragmentation."""
+
+ADAPTER_RANK = 16
+"""Rank of the adapters on all linear layers that room is left for. Higher ones take from RESERVE, and then from what
+``gpu_memory_utilization`` leaves free."""
 
 AGREEMENT_TAG = 1
 """Of the message in which stages tell each other how many KV blocks fit; steps count their tags from 2."""
@@ -33,6 +38,13 @@ def kv_block_bytes(options: EngineOptions, model: StageModel) -> int:
     return options.block_size * token
 
 
+def adapter_bytes(model: StageModel) -> int:
+    """Bytes of all adapters that a stage may hold at once: resident ones, one staged, and the places of active ones."""
+    features = sum(out + into for out, into in model.config.linear_shapes.values())
+    one = ADAPTER_RANK * features * len(model.layers) * model.dtype.itemsize
+    return (VERSIONS_KEPT + 1 + SHAPES_KEPT) * one
+
+
 @torch.inference_mode()
 def fitting_kv_blocks(options: EngineOptions, model: StageModel, prefill_backend: str) -> int:
     """Runs the largest forward passes once, with a small cache, and gives the rest of the stage's share to KV blocks.
@@ -42,7 +54,7 @@ def fitting_kv_blocks(options: EngineOptions, model: StageModel, prefill_backend
     Raises:
         KvMemoryError: not even one sequence of a block fits.
     """
-    needed = _needed_bytes(options, model, prefill_backend)
+    needed = _needed_bytes(options, model, prefill_backend) + adapter_bytes(model)
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     held = torch.cuda.memory_reserved()
@@ -54,7 +66,7 @@ def fitting_kv_blocks(options: EngineOptions, model: StageModel, prefill_backend
         raise KvMemoryError(
             f"no GPU memory is left for KV blocks: {total / gib:.1f} GiB in all, {free / gib:.1f} free, "
             f"gpu_memory_utilization {options.gpu_memory_utilization} allows {allowed / gib:.1f} to this process, its "
-            f"weights take {held / gib:.1f}, activations and graphs {(needed + RESERVE) / gib:.1f}; raise "
+            f"weights take {held / gib:.1f}, activations, graphs and adapters {(needed + RESERVE) / gib:.1f}; raise "
             "gpu_memory_utilization, or lower max_num_batched_tokens or max_num_seqs"
         )
     return blocks

@@ -65,6 +65,7 @@ class Scorer:
         pool: the stage's KV blocks; its index is used and filled.
         forward: runs the stage's layers on the inputs; gives the residual stream of all rows.
         logits: the LM head on such rows, final norm included; None on stages that are not the last.
+        prefix_sharing: False computes every row's prompt on its own (for comparison).
     """
 
     def __init__(
@@ -77,10 +78,11 @@ class Scorer:
         device: str,
         forward: Callable[[StepInputs], Tensor],
         logits: Callable[[Tensor], Tensor] | None,
+        prefix_sharing: bool = True,
     ) -> None:
         self._pool, self._block_size, self._budget = pool, block_size, max_num_batched_tokens
         self._max_model_len, self._vocab_size, self._device = max_model_len, vocab_size, device
-        self._forward, self._logits = forward, logits
+        self._forward, self._logits, self._prefix_sharing = forward, logits, prefix_sharing
         self._held: Counter[int] = Counter()
 
     def check(self, number: int, request: ScoreRequest) -> None:
@@ -143,12 +145,17 @@ class Scorer:
 
     def _passes(self, requests: Sequence[ScoreRequest], policy_version: int) -> Iterator[_Pass]:
         """Packs the rows group by group; a pass that is given out must be computed before the next one is asked for."""
-        groups: dict[tuple[int, ...], list[int]] = {}
+        groups: list[tuple[tuple[int, ...], list[int]]] = []
+        by_prompt: dict[tuple[int, ...], list[int]] = {}
         for number, request in enumerate(requests):
-            groups.setdefault(request.token_ids[: request.prompt_len], []).append(number)
+            prompt = request.token_ids[: request.prompt_len]
+            if prompt not in by_prompt or not self._prefix_sharing:
+                by_prompt[prompt] = []
+                groups.append((prompt, by_prompt[prompt]))
+            by_prompt[prompt].append(number)
         now = _Pass()
-        for prompt, numbers in groups.items():
-            keys = prefix_keys(prompt, self._block_size, policy_version)
+        for prompt, numbers in groups:
+            keys = prefix_keys(prompt, self._block_size, policy_version) if self._prefix_sharing else []
             prompt_blocks: list[int] | None = None
             waiting = list(numbers)
             while waiting:

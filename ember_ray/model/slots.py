@@ -26,6 +26,9 @@ from ember_ray.model.qwen3_config import Qwen3Config
 BASE_VERSION = 0
 """The version of the model without an adapter."""
 
+VERSIONS_KEPT = 8
+"""Adapters that stay resident."""
+
 SHAPES_KEPT = 2
 """Shapes of adapters whose places stay: with and without an adapter is two."""
 
@@ -141,7 +144,7 @@ class AdapterSlots:
         layers: range,
         dtype: torch.dtype,
         device: str,
-        keep: int = 8,
+        keep: int = VERSIONS_KEPT,
         merged: MergedWeights | None = None,
     ) -> None:
         self._config, self._layers, self._dtype, self._device, self._keep = config, layers, dtype, device, keep

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.rollout_engines import random_adapter
 from ember_ray.engine import kv_memory
 from ember_ray.engine.kv_memory import RESERVE, KvMemoryError, fitting_kv_blocks, kv_block_bytes
 from ember_ray.engine.options import EngineOptions
+from ember_ray.model.qwen3_config import read_model_config
 from tests.support.qwen3 import make_qwen3, stage_model
 
 GIB = 2**30
@@ -40,6 +42,16 @@ def test_a_stage_fills_its_own_share_whatever_others_hold(tmp_path: Path, monkey
     # more than is free is never taken
     crowded = fitting(tmp_path, monkeypatch, free=10, total=100, held=8, share=0.9)
     assert crowded == pytest.approx(10 - reserve, abs=0.01)
+
+
+def test_room_is_left_for_all_adapters_that_may_be_resident(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_qwen3(tmp_path)
+    without = fitting(tmp_path, monkeypatch, free=92, total=100, held=8, share=0.45)
+    monkeypatch.setattr(kv_memory, "ADAPTER_RANK", 1 << 20)
+    update = random_adapter(read_model_config(tmp_path), rank=8, version=1, device="cpu")
+    one = sum(tensor.numel() for tensor in update.tensors.values()) * 4 / 8 * 2**20 / GIB
+    left = fitting(tmp_path, monkeypatch, free=920, total=1000, held=8, share=0.45)
+    assert left - without == pytest.approx(0.45 * 900 - 11 * one, rel=1e-3)
 
 
 def test_no_room_is_refused_with_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,19 @@ def expected(folder: Path, rows: list[tuple[int, ...]], lens: list[int], update:
     return found
 
 
+def test_without_sharing_every_prompt_is_computed_on_its_own(folder: Path, llm: LLM) -> None:
+    rows, lens = rows_of(4, [(37, [5, 9, 3]), (16, [4])])
+    apart = LLM(EngineOptions(str(folder), prefix_sharing=False, **OPTIONS))
+    fed: list[int] = []
+    forward = apart.engine._scorer._forward
+    apart.engine._scorer._forward = lambda inputs: fed.append(len(inputs.token_ids)) or forward(inputs)
+    for _ in range(2):
+        for mine, shared in zip(apart.score(rows, lens), llm.score(rows, lens), strict=True):
+            assert mine == pytest.approx(shared, abs=1e-4)
+    assert sum(fed) == 2 * sum(len(row) - 1 for row in rows), "a prompt was shared or found in the cache"
+    assert apart.engine.scheduler.pool.num_used == 0
+
+
 def compare(scores: list[list[float]], wanted: list[torch.Tensor]) -> None:
     assert [len(row) for row in scores] == [len(row) for row in wanted]
     for mine, theirs in zip(scores, wanted, strict=True):
