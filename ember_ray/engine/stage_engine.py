@@ -13,6 +13,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from hashlib import blake2b
 from typing import Any, Protocol
@@ -35,6 +36,7 @@ from ember_ray.engine.step_inputs import StepInputs
 from ember_ray.engine.step_result import StepResult
 from ember_ray.engine.stop_check import StopCheck
 from ember_ray.engine.transport import Transport
+from ember_ray.model.adapter_layout import FlatAdapter
 from ember_ray.model.lora import AdapterError, AdapterUpdate
 from ember_ray.model.plan import plan_stages, stage_layers
 from ember_ray.model.qwen3 import StageModel
@@ -169,6 +171,7 @@ class StageEngine:
             partial(_logits, self.model) if self.is_last else None, options.prefix_sharing,
         )  # fmt: skip
         self._is_rolling_out = False
+        self._beside: torch.cuda.Stream | None = None
         self._requests_seen = 0
         self._steps = 0
         self._prefill_tokens = 0
@@ -184,8 +187,22 @@ class StageEngine:
     def resident_versions(self) -> list[int]:
         return self._slots.resident_versions
 
-    def stage_adapter(self, update: AdapterUpdate) -> None:
-        """Checks an update and holds it beside the one that serves; raises AdapterError and changes nothing else."""
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Work on the device that does not wait for a running batch, nor the batch for it."""
+        if torch.device(self.options.device).type != "cuda":
+            yield
+            return
+        stream = self._beside = self._beside or torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            yield
+            stream.synchronize()
+
+    def stage_adapter(self, update: AdapterUpdate | FlatAdapter) -> None:
+        """Checks an update and holds it beside the one that serves; raises AdapterError and changes nothing else.
+
+        While a rollout runs, call it from another thread, in `beside`.
+        """
         self._slots.stage(update)
 
     def commit_adapter(self, version: int) -> None:
