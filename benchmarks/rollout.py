@@ -51,7 +51,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.rollout_attention import layer_calls, time_calls
+from benchmarks.rollout_attention import layer_calls, piece_tokens, time_calls
 from benchmarks.rollout_attention_peers import PEERS, peer_calls, peer_version
 from benchmarks.rollout_breakdown import step_breakdown
 from benchmarks.rollout_engines import (
@@ -205,8 +205,10 @@ def measure_attention(name: str, row: Row, config: Qwen3Config, options: argpars
     make = layer_calls if name == "ember" else partial(peer_calls, name)
     calls = make(row, config, options.device, getattr(torch, options.dtype))
     times = time_calls(calls, options.device, options.repetitions)
-    versions: dict[str, Any] = {} if name == "ember" else {"engine_version": peer_version()}
-    return versions | {
+    known: dict[str, Any] = (
+        {"split_tokens": piece_tokens(row)} if name == "ember" else {"engine_version": peer_version()}
+    )
+    return known | {
         "seconds": statistics.median(times),
         "seconds_min": min(times),
         "seconds_max": max(times),

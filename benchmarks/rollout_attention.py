@@ -12,6 +12,7 @@ import torch
 from benchmarks.rollout_rows import Row
 from cuda_ext.decode_attention import group_decode_attention
 from cuda_ext.decode_groups import build_decode_groups
+from ember_ray.engine.decode_buffers import split_tokens
 from ember_ray.model.qwen3_config import Qwen3Config
 
 BLOCK = 16
@@ -24,8 +25,16 @@ CALLS = 8
 """Calls a timing, at least; more where the caches are small."""
 
 
+def piece_tokens(row: Row) -> int:
+    """Tokens of a piece of attention's work in an engine for the row's candidates."""
+    return split_tokens(row.candidates, BLOCK)
+
+
 def layer_calls(row: Row, config: Qwen3Config, device: str, dtype: torch.dtype) -> list[Callable[[], torch.Tensor]]:
-    """One attention call for each of several caches with random K and V; every candidate has ``gen`` own tokens."""
+    """One attention call for each of several caches with random K and V; every candidate has ``gen`` own tokens.
+
+    Work is cut into the pieces that an engine for as many candidates uses (:func:`piece_tokens`).
+    """
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     prompt_blocks, own_blocks = -(-row.prompt // BLOCK), -(-row.gen // BLOCK)
     num_blocks = row.prompts * prompt_blocks + row.candidates * own_blocks
@@ -36,7 +45,7 @@ def layer_calls(row: Row, config: Qwen3Config, device: str, dtype: torch.dtype) 
     suffixes = [list(islice(tables, own_blocks)) for _ in range(row.candidates)]
     groups = build_decode_groups(
         prefixes, [row.prompt] * row.prompts, [row.n] * row.prompts, suffixes, [row.gen] * row.candidates,
-        block_size=BLOCK, heads_per_kv_head=heads // kv_heads,
+        block_size=BLOCK, heads_per_kv_head=heads // kv_heads, split_tokens=piece_tokens(row),
     ).to(device)  # fmt: skip
     shape = (2, num_blocks * BLOCK, kv_heads, dim)
     copies = 1 if device == "cpu" else -(-L2_BYTES // (math.prod(shape) * dtype.itemsize))

@@ -37,9 +37,16 @@ _ROW_DTYPES = {
 
 
 FEW_ROWS, MANY_ROWS_SPLIT, FEW_ROWS_SPLIT = 32, 1024, 256
-"""Tokens of a piece of attention's work: long pieces leave few partial results to merge, short ones let many
-multiprocessors share a few sequences. Fixed for an engine by the most rows that it may have, so that a row's result
-never depends on what else is in the batch."""
+
+
+def split_tokens(rows: int, block_size: int) -> int:
+    """Tokens of a piece of attention's work in an engine of at most ``rows`` rows.
+
+    Long pieces leave few partial results to merge, short ones let many multiprocessors share a few sequences. Fixed for
+    an engine, so that a row's result never depends on what else is in the batch.
+    """
+    split = FEW_ROWS_SPLIT if rows <= FEW_ROWS else MANY_ROWS_SPLIT
+    return SPLIT_TOKENS if split % block_size else split
 
 
 def _grown(have: DecodeCapacity, need: DecodeCapacity) -> DecodeCapacity:
@@ -59,8 +66,7 @@ class DecodeBuffers:
 
     def __init__(self, rows: int, block_size: int, share: int, device: str) -> None:
         self._rows, self._block_size, self._share, self._device = rows, block_size, share, device
-        split = FEW_ROWS_SPLIT if rows <= FEW_ROWS else MANY_ROWS_SPLIT
-        self._split = SPLIT_TOKENS if split % block_size else split
+        self._split = split_tokens(rows, block_size)
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             name: ((rows, MAX_STOP_IDS) if name == "stop_ids" else (rows,), dtype)
             for name, dtype in _ROW_DTYPES.items()

@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from benchmarks import rollout
+from benchmarks.rollout_attention import BLOCK, piece_tokens
 from benchmarks.rollout_attention_peers import PEERS, peer_calls
 from benchmarks.rollout_breakdown import Kernel, by_kind, decode_steps, kind_of, own_times, read_trace
 from benchmarks.rollout_engines import EmberEngine, Refused, TransformersEngine, write_model_folder
 from benchmarks.rollout_rows import ROWS, Hardware, Row, expected_tokens, least_work
+from ember_ray.engine.decode_buffers import DecodeBuffers
 from ember_ray.model.qwen3_config import Qwen3Config, read_model_config
 
 KEYS = {
@@ -224,6 +226,14 @@ def test_a_peer_that_is_not_there_is_one_sentence(
     call = ["--shape", "tiny", "--device", "cpu", "--output", str(tmp_path / "r.jsonl"), "--engine", engine]
     assert rollout.main(call) == 1
     assert f"{package}: it is not installed here" in capsys.readouterr().err
+
+
+def test_attention_alone_is_cut_as_in_the_engine(tiny: Path) -> None:
+    whole, config = BY_NAME["group_attention_100x8_2048_64"], read_model_config(tiny)
+    for row in (whole, whole.shrunk()):
+        engine = DecodeBuffers(row.candidates, BLOCK, config.share, "cpu")
+        assert piece_tokens(row) == engine.groups.split_tokens
+    assert piece_tokens(whole) == 1024
 
 
 @pytest.mark.gpu
