@@ -66,7 +66,7 @@ MUTANTS = [
         module="ember_ray.model.slots",
         old="rebuild_weight(live, golden, lora, more",
         new="rebuild_weight(live, live.clone(), lora, more",
-        tests=("tests/model/test_slots.py",),
+        tests=("tests/model/test_many_swaps.py",),
     ),
     Mutant(
         name="score-one-late",  # a token is scored by the position behind it
