@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from cuda_ext.prefill_attention import PrefillBatch, choose_backend, prefill_attention
-from ember_ray.model.lora import AdapterUpdate
-from ember_ray.model.qwen3 import StageModel
+from ember_ray.model.adapter_layout import Gathered, adapter_layout
+from ember_ray.model.lora import AdapterUpdate, check_adapter
+from ember_ray.model.qwen3 import LayerLora, StageModel
 from ember_ray.model.qwen3_config import Qwen3Config, read_model_config
 from ember_ray.model.slots import AdapterSlots, MergedWeights
 
@@ -84,19 +85,28 @@ def all_logits(
     model: StageModel,
     token_ids: list[int] | tuple[int, ...],
     update: AdapterUpdate | None = None,
-    lora_mode: str = "slots",
+    lora_mode: str | None = None,
 ) -> Tensor:
     """Logits [tokens, vocab] of every position on the CPU, through the stage's layers and the paged cache.
 
     Args:
-        lora_mode: "merged" leaves the adapter in the model's weights.
+        lora_mode: None computes the adapter without an engine's slots, as an oracle for them; "merged" leaves it in
+            the model's weights.
     """
     config, device = model.config, model.device
-    merged = MergedWeights(model.layers, model.decoder_layers) if lora_mode == "merged" else None
-    adapters = AdapterSlots(config, model.layers, model.dtype, device, merged=merged)
-    if update is not None:
+    lora: dict[int, LayerLora] = {}
+    if update is not None and lora_mode is None:
+        checked = check_adapter(update, config.linear_shapes, config.num_hidden_layers)
+        layout, scaling, tensors = adapter_layout(checked, config.linear_shapes)
+        flat = torch.zeros(layout.numel, dtype=model.dtype, device=device)
+        Gathered.of(tensors, layout, device).copy_to(flat)
+        lora = layout.fused(flat, scaling)
+    elif update is not None:
+        merged = MergedWeights(model.layers, model.decoder_layers) if lora_mode == "merged" else None
+        adapters = AdapterSlots(config, model.layers, model.dtype, device, merged=merged)
         adapters.stage(update)
         adapters.commit(update.version)
+        lora = adapters.active
     count = len(token_ids)
     # slots in a scrambled order: nothing may depend on where a position lies
     slots = torch.randperm(count + 7, generator=torch.Generator().manual_seed(count))[:count]
@@ -110,5 +120,5 @@ def all_logits(
         return prefill_attention(q, k_cache, v_cache, batch, config.head_dim**-0.5, backend)
 
     tokens, positions = torch.tensor(token_ids, device=device), torch.arange(count, device=device)
-    hidden = model.forward(model.embed(tokens), positions, slots.to(device), cache, attention, adapters.active)
+    hidden = model.forward(model.embed(tokens), positions, slots.to(device), cache, attention, lora)
     return model.logits(model.final_norm(hidden)).cpu()
