@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from cuda_ext.prefill_attention import BACKENDS
 from ember_ray.engine.options import EngineOptions
 from ember_ray.engine.request import Candidate, GenerationRequest
 from ember_ray.engine.sampling_params import SamplingParams
@@ -210,6 +212,25 @@ def test_generated_tokens_score_as_they_were_drawn(folders: dict, dtype: str) ->
             torch.testing.assert_close(mine, want, rtol=0, atol=1e-4)
         else:  # other kernels than in decoding: as far apart as two ways to round
             assert (mine - want).abs().median() < 0.03
+
+
+@pytest.mark.parametrize("backend", sorted(set(BACKENDS) - {"sdpa"}))
+def test_attention_over_prompts_is_the_one_asked_for_and_told_once(
+    folders: dict, backend: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    if backend == "flash_attn":
+        pytest.importorskip("flash_attn")
+    folder, _ = folders["dim128"]
+    caplog.set_level(logging.INFO, "ember_ray.engine.stage_engine")
+    made = engine(folder, dtype="bfloat16", prefill_attention=backend)
+    rows = [ScoreRequest(prompt, 1) for prompt in random_prompts([300, 17, 129, 64])]
+    scores = made.score(rows)
+    told = [record.message for record in caplog.records if "attention over prompts" in record.message]
+    assert told == [f"stage 0: attention over prompts by {backend} (as requested)"]
+    assert made.implementation["prefill"] == backend
+    wanted = engine(folder, dtype="bfloat16", prefill_attention="sdpa").score(rows)
+    for mine, theirs in zip(scores, wanted, strict=True):
+        assert (torch.tensor(mine) - torch.tensor(theirs)).abs().median() < 0.03
 
 
 def test_candidates_end_where_the_host_would_end_them(folders: dict) -> None:
