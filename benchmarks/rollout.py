@@ -91,6 +91,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--gpus", type=int, default=1, help="stages of ember, each on a GPU of its own")
+    parser.add_argument("--micro-batches", type=int, help="in flight at once; default: as many as stages")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--repetitions", type=int, default=3, help="fewer than 3 is a try: printed, not written down")
     parser.add_argument("--seed", type=int, default=1)
@@ -265,6 +266,7 @@ def build(
     if options.gpu_memory_utilization is not None:
         wanted["gpu_memory_utilization"] = options.gpu_memory_utilization
     if options.gpus > 1:
+        wanted["micro_batches"] = options.micro_batches
         return StagesEngine(model, rows, options.gpus, options.device, options.dtype, load_format, wanted)
     return EmberEngine(model, rows, options.device, options.dtype, load_format, wanted)
 

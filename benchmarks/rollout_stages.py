@@ -63,6 +63,7 @@ class StagesEngine:
         except BaseException:
             self._cluster.shutdown()
             raise
+        self.lanes = engine.micro_batches or gpus
         self.implementation |= {"layer_split": "+".join(map(str, split)), "transport": "nccl" if by_nccl else "gloo"}
 
     def _each(self, look: Any) -> list[Any]:
@@ -73,7 +74,7 @@ class StagesEngine:
         if row.lora_rank:
             raise Refused("several GPUs are measured without an adapter only")
         self._row = row
-        return {}
+        return {"micro_batches": self.lanes}
 
     def generate(self, prompts: Prompts, seed: int) -> list[Candidate]:
         import ray
