@@ -172,7 +172,7 @@ def load_peft_adapter(folder: str | Path, version: int) -> AdapterUpdate:
     Raises:
         AdapterError: a file is missing or broken, or the adapter is of a kind that is not served
             (another PEFT type, DoRA and other variants of LoRA, a start that changed the base weight as PiSSA's
-            does, modules_to_save, biases).
+            does, modules_to_save, biases), or its base model is known to be quantized.
     """
     folder = Path(folder)
     config_path, weights_path = folder / "adapter_config.json", folder / "adapter_model.safetensors"
@@ -195,10 +195,25 @@ def load_peft_adapter(folder: str | Path, version: int) -> AdapterUpdate:
         refused["init_lora_weights"] = "it changed the base weight; save the adapter converted to a plain LoRA"
     for key, why in refused.items():
         raise AdapterError(f"PEFT adapter '{folder}': {key}={config[key]!r} is not supported, {why}")
+    base = config.get("base_model_name_or_path")
+    if _is_quantized(base):
+        raise AdapterError(
+            f"PEFT adapter '{folder}': its base model '{base}' is quantized, so it makes up for roundings that the float "
+            "weights do not have; learn it on the float checkpoint"
+        )
     try:
         return AdapterUpdate(version, tensors, _scaling(config, tensors))
     except (AdapterError, TypeError, re.error) as fault:
         raise AdapterError(f"PEFT adapter '{folder}': {fault}") from fault
+
+
+def _is_quantized(base: object) -> bool:
+    """Whether a base model that can be looked at, in a folder, says that its weights are quantized."""
+    path = Path(base) / "config.json" if isinstance(base, str) and base else None
+    try:
+        return path is not None and bool(json.loads(path.read_text()).get("quantization_config"))
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _scaling(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, float]:
