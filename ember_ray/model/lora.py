@@ -198,8 +198,8 @@ def load_peft_adapter(folder: str | Path, version: int) -> AdapterUpdate:
     base = config.get("base_model_name_or_path")
     if _is_quantized(base):
         raise AdapterError(
-            f"PEFT adapter '{folder}': its base model '{base}' is quantized, so it makes up for roundings that the float "
-            "weights do not have; learn it on the float checkpoint"
+            f"PEFT adapter '{folder}': its base model '{base}' is quantized, so it makes up for roundings that "
+            "float weights do not have; learn it on the float checkpoint"
         )
     try:
         return AdapterUpdate(version, tensors, _scaling(config, tensors))

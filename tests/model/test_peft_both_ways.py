@@ -45,7 +45,7 @@ def learnt(folder: Path, options: LoraOptions) -> Any:
 
 
 def vllm_style(folder: Path, projections: Iterable[str]) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
-    """Reads a folder by the rules of vLLM's loader (PEFTHelper, parse_fine_tuned_lora_name), which knows one r and alpha.
+    """Reads a folder by the rules of vLLM's loader (PEFTHelper, parse_fine_tuned_lora_name): one r and one alpha.
 
     Returns:
         module path -> A, B, scale.
