@@ -49,7 +49,7 @@ class Simulated:
         self.totals = RolloutStats()
         self.policy_version = self.trained_prompts = self.trained_tokens = self.pending_prompts = self.rolled = 0
 
-    begun, ended = Session.begun, Session.ended
+    begun, ended, coordinator = Session.begun, Session.ended, None
 
     def call(self, phase: str, ref: Any) -> Any:
         return ref[0].answer(*ref[1:])
@@ -184,7 +184,7 @@ class Learner:
 class Actors:
     """A session that asks the learner and nobody else."""
 
-    policy_version = 0
+    policy_version, coordinator = 0, None
     totals = RolloutStats()
 
     def __init__(self, losses: list[str]) -> None:
