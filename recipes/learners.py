@@ -14,8 +14,11 @@ from ember_ray.data.example import Example
 from ember_ray.train.grpo_options import GrpoOptions
 from ember_ray.train.options import DpoOptions, LearnerOptions, LoraOptions, SftOptions
 from recipes.session import LEARNER_GPU
-from recipes.setup import context_length, model_path
+from recipes.setup import context_length, highest_reward, model_path
 from recipes.tasks import task_of
+
+GOOD_ENOUGH = 0.999
+"""Best-of-N learns from answers without a fault; rewards are sums of decimal weights, so not quite 1."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ class Algorithm:
         if section.get("reference") == "engine":  # what it cannot score is left out, and counted, by the learner
             limit = context_length(config)
             section["max_length"] = min(section["max_length"] or limit, limit)
+        if section.get("min_reward", 0.0) is None:
+            section["min_reward"] = GOOD_ENOUGH * highest_reward(config)
         known = {field.name for field in fields(self.options)}
         # what the rollout decides
         section |= {"temperature": config.rollout.temperature, "max_completion_length": config.rollout.max_tokens}

@@ -38,7 +38,7 @@ from ember_ray.train.preferences import answers_to_score, reference_scores
 from recipes.earlier import Earlier, forget_before, kept
 from recipes.learners import Algorithm, start_learner
 from recipes.session import PendingRollout, Session
-from recipes.setup import load_rows, model_path, plan, sampling_params
+from recipes.setup import highest_reward, load_rows, model_path, plan, sampling_params
 from recipes.tasks import task_of
 
 MAY_DIFFER = ("resume", "output_dir", "tracker", "ray")
@@ -251,7 +251,7 @@ class Run:
         if answer is None:
             raise UserError(f"training row '{example.id}' has no answer to learn from (its 'completion')")
         tokens = completion_tokens(self._tokenizer, example, answer, self.config.data.chat_template)
-        return Demonstration(example.id, tuple(row.prompt_token_ids), tokens, answer)
+        return Demonstration(example.id, tuple(row.prompt_token_ids), tokens, answer, highest_reward(self.config))
 
     def _affordable(self, budget: int, size: int) -> int:
         """How many of a round's prompts the budget still pays for, by what a prompt has cost so far."""

@@ -103,6 +103,11 @@ def verifier_settings(config: LearnConfig) -> VerifierSettings:
     return VerifierSettings(functions, actors=config.rollout.verifier_workers)
 
 
+def highest_reward(config: LearnConfig) -> float:
+    """What an answer without a fault gets: every reward function gives at most 1, times its weight."""
+    return sum(function.weight for function in verifier_settings(config).functions)
+
+
 def load_rows(config: LearnConfig, algorithm: Algorithm) -> tuple[list[PromptRow], list[PromptRow]]:
     """Training and held-out rows: tokenized, checked, none too long.
 

@@ -99,7 +99,11 @@ class SftSection(OptimizerSection):
 class BestOfNSection(OptimizerSection):
     """``best_of_n.*``"""
 
-    min_reward: float = Field(0.999, description="Least reward of a candidate that is learnt from.")
+    min_reward: float | None = Field(
+        None,
+        description="Least reward of a candidate that is learnt from; null = 0.999 of the most that the weights of "
+        "reward.functions add up to.",
+    )
     per_prompt: int = Field(
         1, ge=0, description="Most candidates of a prompt that are learnt from, best first; 0 = all."
     )

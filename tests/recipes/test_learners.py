@@ -61,6 +61,24 @@ def test_all_candidates_and_all_pairs_are_counted() -> None:
         assert found == [most, 1, most]
 
 
+def test_rewards_of_own_weights_have_their_own_scale(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def short(completions, **kwargs): return [0.5 for _ in completions]\n")
+    functions = {"json_extraction": 2.0, f"{tmp_path}/mine.py:short": 0.5}
+    values = {"output_dir": str(tmp_path), "tracker": "none", "data": {"train_examples": 64, "eval_prompts": 2}}
+
+    def least(**settings: float) -> float:
+        given = {**values, "reward": {"functions": functions}, "best_of_n": settings}
+        return BEST_OF_N.learner_options(BestOfNExtractConfig.model_validate(given)).min_reward  # type: ignore[attr-defined]
+
+    assert least() == pytest.approx(0.999 * 2.5) and least(min_reward=1.2) == 1.2
+    assert BEST_OF_N.learner_options(BestOfNExtractConfig()).min_reward == 0.999  # type: ignore[attr-defined]
+    dpo = {"pair_choice": "oracle", "reference": "trainer"}
+    run = Run(
+        DpoExtractConfig.model_validate({**values, "reward": {"functions": functions}, "dpo": dpo}), DPO, Console()
+    )
+    assert [gold.reward for gold in run.with_reference([], run.train[:2])] == [2.5, 2.5]
+
+
 def test_settings_that_do_not_fit_each_other_are_told_before_anything_starts(tmp_path: Path) -> None:
     config = GrpoExtractConfig.model_validate({"output_dir": str(tmp_path), "grpo": {"loss_type": "cispo"}})
     with pytest.raises(UserError, match="grpo options: loss_type 'cispo' needs epsilon_high"):
