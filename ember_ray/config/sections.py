@@ -77,8 +77,10 @@ class EngineSection(Section):
     micro_batches: PositiveInt | None = Field(
         None, description="Batches in flight through the pipeline; null = as many as there are stages."
     )
-    lora_mode: Literal["slots", "merged"] = Field(
-        "slots", description="Adapters beside the base weights, or merged into a second copy of them."
+    lora_mode: Literal["slots", "merged", "auto"] = Field(
+        "slots",
+        description="Adapters beside the base weights, or merged into a second copy of them; "
+        "auto = merged on a GPU where that copy leaves half of the free memory.",
     )
     enforce_eager: bool = Field(False, description="Decode on a GPU without captured CUDA graphs (for debugging).")
     num_scheduler_steps: PositiveInt = Field(

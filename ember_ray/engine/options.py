@@ -10,7 +10,7 @@ CPU_KV_BLOCKS = 2048
 _CHOICES = {
     "dtype": ("float32", "bfloat16", "float16"),
     "load_format": ("auto", "dummy"),
-    "lora_mode": ("slots", "merged"),
+    "lora_mode": ("slots", "merged", "auto"),
 }
 
 
@@ -35,7 +35,7 @@ class EngineOptions:
         seed: where requests without a seed get theirs from.
         load_format: "auto" reads the model folder's weights, "dummy" makes random ones (for benchmarks).
         lora_mode: "slots" computes adapters beside the base weights, "merged" rebuilds the weights at each switch from
-            a second copy of the base.
+            a second copy of the base; "auto" merges on a GPU where that copy leaves half of the free memory.
         enforce_eager: run decode steps on a GPU one kernel at a time instead of as captured CUDA graphs.
         num_scheduler_steps: decode steps planned at once on a GPU. Results are looked at one plan late, so a candidate
             runs on for fewer than twice as many steps behind its end; they are not returned.

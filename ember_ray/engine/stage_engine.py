@@ -27,6 +27,7 @@ from ember_ray.engine.block_pool import BlockPool
 from ember_ray.engine.cuda_runner import CudaRunner
 from ember_ray.engine.eager_runner import EagerRunner
 from ember_ray.engine.kv_memory import agreed_kv_blocks, fitting_kv_blocks
+from ember_ray.engine.lora_mode import chosen_lora_mode
 from ember_ray.engine.options import CPU_KV_BLOCKS, EngineOptions
 from ember_ray.engine.request import Candidate, GenerationRequest
 from ember_ray.engine.scheduler import Scheduler, StepPlan
@@ -126,7 +127,9 @@ class StageEngine:
         )
         self.is_last = self.model.is_last
         self._stop_check = StopCheck(Tokenizer(options.model), config.eos_token_ids) if self.is_last else None
-        merged = MergedWeights(layers, self.model.decoder_layers) if options.lora_mode == "merged" else None
+        self.lora_mode = chosen_lora_mode(options, self.model, transport)
+        logger.info("stage %d: adapters %s", stage, "merged" if self.lora_mode == "merged" else "beside the weights")
+        merged = MergedWeights(layers, self.model.decoder_layers) if self.lora_mode == "merged" else None
         self._slots = AdapterSlots(config, layers, self.dtype, options.device, merged=merged)
         self.num_lanes = min(options.micro_batches or len(split), options.max_num_seqs)
         ahead = device.type == "cuda" and len(split) == 1
