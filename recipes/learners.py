@@ -33,6 +33,7 @@ class Algorithm:
         rows: most rows of a round that are learnt from.
         rolls_out: whether it learns from candidates of the engine; then training rows need what judges them.
         unit: what it learns from, in words.
+        advice: why there may be none of it, and what to do then.
     """
 
     name: str
@@ -42,6 +43,15 @@ class Algorithm:
     rows: Callable[[Any], int]
     rolls_out: bool
     unit: str
+    advice: str
+
+    @property
+    def learnt_nothing(self) -> str:
+        """What is said of a run without an optimizer step. It is no failure: a policy may be beyond teaching."""
+        return (
+            f"NOTHING WAS LEARNT: no round gave {self.unit} to learn from, so the policy is what the run started from; "
+            f"metrics.jsonl counts what was left out. Likely {self.advice}."
+        )
 
     def steps_a_round(self, config: LearnConfig) -> int:
         """Most optimizer steps of a round."""
@@ -125,10 +135,48 @@ def _chosen(config: Any) -> int:
     return config.rollout.prompts_per_round * min(config.best_of_n.per_prompt or candidates, candidates)
 
 
-SFT = Demonstrations("sft", "sft", "sft", SftOptions, lambda c: c.sft.rows_per_round, False, "demonstrations")
-BEST_OF_N = Algorithm("best_of_n", "sft", "best_of_n", SftOptions, _chosen, True, "chosen candidates")
-DPO = Algorithm("dpo", "dpo", "dpo", DpoOptions, _pairs, True, "pairs")
-GRPO = Algorithm("grpo", "grpo", "grpo", GrpoOptions, _candidates, True, "candidates")
+SPREAD = "raise rollout.num_candidates or rollout.temperature, or grade the reward (reward.design)"
+
+SFT = Demonstrations(
+    "sft",
+    "sft",
+    "sft",
+    SftOptions,
+    lambda c: c.sft.rows_per_round,
+    rolls_out=False,
+    unit="demonstrations",
+    advice="all rows are longer than sft.max_length; raise it",
+)
+BEST_OF_N = Algorithm(
+    "best_of_n",
+    "sft",
+    "best_of_n",
+    SftOptions,
+    _chosen,
+    rolls_out=True,
+    unit="chosen candidates",
+    advice="no answer got best_of_n.min_reward; lower it, or raise rollout.num_candidates",
+)
+DPO = Algorithm(
+    "dpo",
+    "dpo",
+    "dpo",
+    DpoOptions,
+    _pairs,
+    rolls_out=True,
+    unit="pairs",
+    advice=f"no two answers to a prompt differed in reward by dpo.min_margin; lower it, {SPREAD}",
+)
+GRPO = Algorithm(
+    "grpo",
+    "grpo",
+    "grpo",
+    GrpoOptions,
+    _candidates,
+    rolls_out=True,
+    unit="candidates",
+    advice=f"all answers to a prompt got the same reward; {SPREAD}",
+)
 
 
 def start_learner(config: LearnConfig, algorithm: Algorithm, folder: Path) -> Any:

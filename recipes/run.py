@@ -62,7 +62,7 @@ class Run:
 
     Attributes:
         train, held_out: the rows.
-        rounds_done: whole rounds, those of an earlier session included.
+        rounds_done, steps: whole rounds and their optimizer steps, those of an earlier session included.
     """
 
     def __init__(self, config: LearnConfig, algorithm: Algorithm, console: Console) -> None:
@@ -81,7 +81,7 @@ class Run:
         self.adapter_path, self.learner_path = self.folder.adapter_path.resolve(), self.folder.learner_path.resolve()
         self._tokenizer = Tokenizer(model_path(config))
         self.first_version = 0 if config.model.adapter is None else 1
-        self.rounds_done = 0
+        self.rounds_done = self.steps = 0
         self._ahead = getattr(getattr(config, algorithm.section), "async_steps", 0)
         self._earlier = Earlier([], self._ahead, self.first_version, self.learner_path)
         self.before: Evaluation | None = None
@@ -238,6 +238,7 @@ class Run:
             self._ask_learner("saving", "save_state", self.learner_path)
             self._learnt_from, self._revivals = None, 0
             self.rounds_done = number
+            self.steps += int(learnt.get("steps", 0))
         forget_before(self.learner_path, session.policy_version - self._ahead)
         self.tracker.log(metrics, step=number)
         if result is not None:
@@ -329,6 +330,7 @@ class Run:
         self.rounds_done = self._keeping_learner(self._load_state)
         rows = self.folder.keep_rounds(self.rounds_done)
         self._earlier = Earlier(rows, self._ahead, self.first_version, self.learner_path)
+        self.steps = sum(int(row.get("steps", 0)) for row in rows)
         counted = ("generated_tokens", "prefill_tokens", "prefix_hit_tokens", "preemptions", "recoveries")
         for row in rows:
             if "generated_tokens" in row:
@@ -384,6 +386,8 @@ class Run:
             algorithm=self.algorithm.name,
             task=self.config.task,
             mismatch=self.mismatch,
+            steps=self.steps,
+            warning=self.algorithm.learnt_nothing if status == "finished" and not self.steps else None,
         )
         self.folder.write_summary(summary)
         for when in ("before", "after"):

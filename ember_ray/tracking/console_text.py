@@ -144,6 +144,8 @@ def final_lines(
     status = summary.get("status")
     if status not in (None, "finished"):
         yield Text(f"{status} after {summary.get('rounds', 0)} rounds; what was learnt so far is saved", "yellow")
+    if summary.get("warning"):
+        yield Text(summary["warning"], "bold yellow")
     yield Text(f"{run_dir}/", "bold")
     for name, meaning in files.items():
         yield Text.assemble(f"  {name:<16}", (meaning, "dim"))

@@ -118,6 +118,7 @@ def render(run: RunFiles) -> str:
     """The page as text."""
     sections = (
         _header(run),
+        _warning(run.summary),
         _headline(run.summary),
         _over_rounds(run),
         _time(run),
@@ -160,6 +161,11 @@ def _headline(summary: Mapping[str, Any]) -> str:
         "measured prompt by prompt.</p>"
     )
     return f'<h2>Held-out quality, before and after</h2><div class="grid">{tiles}</div>{note}'
+
+
+def _warning(summary: Mapping[str, Any]) -> str:
+    warning = summary.get("warning")
+    return f"<p><strong>{escape(warning)}</strong></p>" if warning else ""
 
 
 def _tile(

@@ -280,6 +280,30 @@ def test_the_loss_of_another_actor_is_not_taken_for_the_learners(run_with: Calla
     assert run.learner is learner
 
 
+def test_a_run_that_has_learnt_nothing_says_so_at_its_end(
+    run_with: Callable[..., Run], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_with()
+
+    def end_after(steps: int) -> Any:
+        run.learn([])
+        run.record(run.rounds_done + 1, {"steps": steps})
+        run.finish("finished")
+        return json.loads((run.folder.path / "summary.json").read_text())
+
+    summary = end_after(0)
+    assert summary["status"] == "finished" and summary["steps"] == 0
+    assert "no round gave demonstrations to learn from" in summary["warning"]
+    assert "NOTHING WAS LEARNT" in " ".join(capsys.readouterr().out.split())
+    assert "NOTHING WAS LEARNT" in (run.folder.path / "report.html").read_text()
+    run._go_on()  # a resumed run knows what was learnt before it
+    assert run.steps == 0
+    summary = end_after(3)
+    assert summary["steps"] == 3 and summary["warning"] is None
+    run._go_on()
+    assert run.steps == 3
+
+
 def test_a_run_that_ended_while_its_first_state_was_written_begins_anew(run_with: Callable[..., Run]) -> None:
     run = run_with()
     run.folder.append_metrics({"round": 1, "policy_version": 1})
