@@ -19,7 +19,7 @@ from ember_ray.model.plan import plan_stages, stage_bytes
 from ember_ray.model.qwen3_config import read_model_config
 from ember_ray.model.tokenizer import Tokenizer
 from recipes.tasks import task_of
-from verifiers.reward_functions import RewardFunction
+from verifiers.reward_functions import BUILT_IN, RewardFunction, find_reward_function, required_columns
 
 if TYPE_CHECKING:
     from recipes.learners import Algorithm
@@ -68,6 +68,8 @@ def engine_options(config: LearnConfig) -> EngineOptions:
 def plan(config: LearnConfig, algorithm: Algorithm) -> str:
     """What ``--dry-run`` prints below the configuration."""
     options, shape = engine_options(config), read_model_config(model_path(config))
+    if config.data.train is not None:
+        load_rows(config, algorithm)  # what is wrong with them is told now; the generator's are made when they are used
     blocks = options.num_kv_blocks or (CPU_KV_BLOCKS if options.device == "cpu" else None)
     stages = stage_plans(
         options.layer_split,
@@ -131,6 +133,8 @@ def load_rows(config: LearnConfig, algorithm: Algorithm) -> tuple[list[PromptRow
     train = algorithm.prepare(config, train)
     if algorithm.rolls_out:
         check_examples(config, "training", train)
+        check_columns(config, "training", train)
+    check_columns(config, "held-out", held_out)
     return prompt_rows(config, "training", train), prompt_rows(config, "held-out", held_out)
 
 
@@ -161,6 +165,27 @@ def check_examples(config: LearnConfig, name: str, examples: Sequence[Example]) 
         for example in examples:
             with user_faults(ValueError, prefix=f"{name} row '{example.id}': "):
                 task_of(config).check(example)
+
+
+def check_columns(config: LearnConfig, name: str, examples: Sequence[Example]) -> None:
+    """Makes sure that reward functions of the user's own get the columns that they cannot do without.
+
+    A row that lacks one gets no reward; if all lack it, there is none to learn from.
+
+    Raises:
+        UserError: no row has a column that is needed, or there is no such function.
+    """
+    for function in verifier_settings(config).functions:
+        if function.name in BUILT_IN:
+            continue
+        with user_faults(ValueError, prefix="reward.functions: "):
+            needed = required_columns(find_reward_function(function.name), function.settings)
+        for column in needed:
+            if not any(column in example.reward_columns() for example in examples):
+                raise UserError(
+                    f"no {name} row has a column '{column}', which reward function '{function.name}' needs; add it to "
+                    "the rows, or give the function's parameter a default"
+                )
 
 
 def prompt_rows(config: LearnConfig, name: str, examples: Sequence[Example]) -> list[PromptRow]:

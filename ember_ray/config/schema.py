@@ -68,11 +68,6 @@ class LearnConfig(RunConfig):
                 f"rollout.max_tokens={self.rollout.max_tokens} leaves no room for a prompt in "
                 f"engine.max_model_len={self.engine.max_model_len}; lower it"
             )
-        if self.data.train is None and self.rollout.prompts_per_round > self.data.train_examples:
-            raise ValueError(
-                f"rollout.prompts_per_round={self.rollout.prompts_per_round} is more than "
-                f"data.train_examples={self.data.train_examples}, so prompts would repeat in a round; raise it"
-            )
         if self.ray.address is not None and self.ray.num_cpus is not None:
             raise ValueError("ray.num_cpus is for a local Ray only; leave it null when ray.address names a cluster")
         several = self.engine.stages > 1 if isinstance(self.engine.stages, int) else len(self.engine.stages) > 1
@@ -113,7 +108,20 @@ class _Sft(LearnConfig):
     sft: SftSection = Field(default_factory=SftSection, description="Learning from demonstrations (TRL's names).")
 
 
-class _BestOfN(LearnConfig):
+class _FromCandidates(LearnConfig):
+    """Learning from candidates of the engine."""
+
+    @model_validator(mode="after")
+    def _no_prompt_twice(self) -> _FromCandidates:
+        if self.data.train is None and self.rollout.prompts_per_round > self.data.train_examples:
+            raise ValueError(
+                f"rollout.prompts_per_round={self.rollout.prompts_per_round} is more than "
+                f"data.train_examples={self.data.train_examples}, so prompts would repeat in a round; raise it"
+            )
+        return self
+
+
+class _BestOfN(_FromCandidates):
     """Learning from the best of N candidates."""
 
     best_of_n: BestOfNSection = Field(
@@ -121,7 +129,7 @@ class _BestOfN(LearnConfig):
     )
 
 
-class _Dpo(LearnConfig):
+class _Dpo(_FromCandidates):
     """Learning from pairs of candidates."""
 
     dpo: DpoSection = Field(default_factory=DpoSection, description="Learning from pairs (TRL's names).")
@@ -133,7 +141,7 @@ class _Dpo(LearnConfig):
         return self
 
 
-class _Grpo(LearnConfig):
+class _Grpo(_FromCandidates):
     """Learning from groups of candidates."""
 
     grpo: GrpoSection = Field(default_factory=GrpoSection, description="Learning from groups (TRL's names).")

@@ -7,6 +7,7 @@ schedule go on over the rounds without being copied.
 
 from __future__ import annotations
 
+import abc
 import os
 import random
 import tempfile
@@ -85,7 +86,7 @@ class RoundRows:
     counts: dict[str, float] = field(default_factory=dict)
 
 
-class AdapterLearner:
+class AdapterLearner(abc.ABC):
     """Learns a LoRA adapter, round after round. To be derived from: DPO, SFT and GRPO say how.
 
     A subclass gives two methods, and this class does the rest:
@@ -147,13 +148,13 @@ class AdapterLearner:
 
     # -- what a subclass says -----------------------------------------------------------------------------------
 
+    @abc.abstractmethod
     def _make_trainer(self, parts: TrainerParts) -> Any:
         """The TRL trainer, made once; see the class."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _round_rows(self, batch: Sequence[Any]) -> RoundRows:
         """A round's batch as rows of the trainer's data set; see the class."""
-        raise NotImplementedError
 
     # -- building -------------------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from ember_ray.train.options import DpoOptions
 from recipes import extract_task, sql_task
 from recipes.learners import BEST_OF_N, DPO, GRPO, SFT, Algorithm
 from recipes.run import Run
+from recipes.setup import plan
 
 
 def test_steps_are_counted_over_the_whole_run() -> None:
@@ -77,6 +78,35 @@ def test_rewards_of_own_weights_have_their_own_scale(tmp_path: Path) -> None:
         DpoExtractConfig.model_validate({**values, "reward": {"functions": functions}, "dpo": dpo}), DPO, Console()
     )
     assert [gold.reward for gold in run.with_reference([], run.train[:2])] == [2.5, 2.5]
+
+
+def test_columns_that_a_reward_function_needs_are_missed_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def judged(completions, rubric, **kwargs): return [0.5 for _ in completions]\n")
+    rows = [{"prompt": f"a is {n}", "gold": {"a": n}} for n in range(4)]
+    functions = {f"{tmp_path}/mine.py:judged": 1.0}
+    data = {"train": str(tmp_path / "rows.jsonl"), "eval_prompts": 1}
+    config = DpoExtractConfig.model_validate({"data": data, "reward": {"functions": functions}})
+
+    def write(*more: dict[str, str]) -> None:
+        lines = [json.dumps(row | extra) for row, extra in zip(rows, more, strict=True)]
+        (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+
+    write(*[{}] * 4)
+    with pytest.raises(UserError, match="no held-out row has a column 'rubric'|no training row has a column 'rubric'"):
+        plan(config, DPO)
+    write(*[{"rubric": "strict"}] * 4)
+    assert "pairs a round" in plan(config, DPO)
+    with pytest.raises(UserError, match="reward.functions: no reward function|cannot be loaded"):
+        plan(
+            config.model_copy(update={"reward": config.reward.model_copy(update={"functions": {"no:such": 1.0}})}), DPO
+        )
+
+
+def test_sft_asks_for_no_more_prompts_than_there_are() -> None:
+    data = {"data": {"train_examples": 8}}  # fewer than rollout.prompts_per_round, which SFT has no use for
+    assert SftExtractConfig.model_validate(data).data.train_examples == 8
+    with pytest.raises(ValueError, match="prompts would repeat in a round"):
+        DpoExtractConfig.model_validate(data)
 
 
 def test_settings_that_do_not_fit_each_other_are_told_before_anything_starts(tmp_path: Path) -> None:
