@@ -73,6 +73,7 @@ ROWS = (
     replace(MIXED, name="100x8_2048_128_common1024", common_prefix=1024, target_seconds=4.3),
     replace(MIXED, name="100x8_2048_128_merged", lora_rank=16, lora_mode="merged", target_seconds=5.6),
     replace(MIXED, name="100x8_2048_128_slots", lora_rank=16, lora_mode="slots", target_seconds=6.2),
+    replace(MIXED, name="100x8_2048_128_slots_r64", lora_rank=64, lora_mode="slots", target_seconds=1.12 * 5.5),
     Row("group_attention_100x8_2048_64", 100, 8, 2048, 64, target_seconds=0.28e-3, attention_only=True,
         engines=("ember", "flash_attn_two_part", "flash_attn_unshared")),
 )  # fmt: skip
