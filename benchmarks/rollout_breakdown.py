@@ -6,8 +6,9 @@ waits there, which is nobody's work. ``rest`` is the measured step less the othe
 positions and the cache write, SwiGLU, embedding, append of tokens), the gaps between kernels, and between steps. So
 the five add up to the step.
 
-Attention over prompts (and over whole pieces of 512 tokens of long answers) is one kernel; that over the ends of
-answers, which also merges the parts, is another and begins beside the first: only what it takes longer is its own.
+In engines of more than 32 rows attention over prompts (and over whole pieces of long answers) is one kernel; that over
+the ends of answers, which also merges the parts, is another and begins beside the first: only what it takes longer is
+its own. In engines of fewer rows one kernel does both, and counts as attention over prompts.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cuda_ext import library
-from cuda_ext.decode_groups import DecodeGroups, PaddedGroups
+from cuda_ext.decode_groups import MAX_KV_HEADS, DecodeGroups, PaddedGroups
 
 
 def group_decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, groups: DecodeGroups, scale: float) -> Tensor:
@@ -53,7 +53,9 @@ def _launch(q: Tensor, k_cache: Tensor, v_cache: Tensor, groups: DecodeGroups, s
             f"decode groups for {groups.heads_per_kv_head} query heads a KV head do not hold {heads // kv_heads}"
         )
     out = torch.empty_like(q)
-    partials = torch.empty((max(1, groups.num_partials), heads, head_dim), dtype=torch.float16, device=q.device)
+    one_launch = len(groups.arrivals) > 0 and kv_heads <= MAX_KV_HEADS and q.dtype != torch.float32 and method == 0
+    dtype = torch.float32 if one_launch else torch.float16
+    partials = torch.empty((max(1, groups.num_partials), heads, head_dim), dtype=dtype, device=q.device)
     stats = torch.empty((max(1, groups.num_partials), heads, 4), dtype=torch.float32, device=q.device)
     library.launch(
         "decode_attention",
@@ -73,6 +75,7 @@ def _launch(q: Tensor, k_cache: Tensor, v_cache: Tensor, groups: DecodeGroups, s
         groups.partial_starts,
         groups.items,
         groups.num_items,
+        groups.arrivals if one_launch else None,
         groups.capacity.items,
         rows,
         heads,

@@ -20,6 +20,12 @@ from torch import Tensor
 SPLIT_TOKENS = 512
 """Tokens of a piece."""
 
+FEW_ROWS_SPLIT_TOKENS = 128
+"""Tokens of a piece for which one launch does all: it answers soonest where rows are few."""
+
+MAX_KV_HEADS = 64
+"""KV heads that the kernel of that launch counts arrivals for."""
+
 ITEM_QUERY_ROWS = 64
 """Query rows of one KV head (candidates times query heads) that the kernel takes at once."""
 
@@ -107,6 +113,8 @@ class DecodeGroups:
         items: [n, 8], the kernel's pieces of work, the longest first; see ``csrc/decode_attention.cuh``.
         num_items: [1].
         storage: the one tensor that all of the above are parts of, in the layout of ``capacity``.
+        arrivals: [rows, MAX_KV_HEADS], how many pieces of a row are done while a launch runs that does all in one; zero
+            between launches. Two launches at the same time need groups of their own. Empty for pieces of other lengths.
         capacity: the sizes.
         block_size: tokens of a KV block.
         heads_per_kv_head: query heads that share a KV head; items were cut for no more.
@@ -124,6 +132,7 @@ class DecodeGroups:
     items: Tensor
     num_items: Tensor
     storage: Tensor
+    arrivals: Tensor
     capacity: DecodeCapacity
     block_size: int
     heads_per_kv_head: int
@@ -171,9 +180,11 @@ class DecodeArrays:
     def to(self, device: str | torch.device) -> DecodeGroups:
         """On a device, in one copy."""
         storage = torch.from_numpy(self.storage).to(device)
+        counted = self.capacity.rows if self.split_tokens == FEW_ROWS_SPLIT_TOKENS else 0
         return DecodeGroups(
             **_cut(storage, self.capacity),
             storage=storage,
+            arrivals=torch.zeros(counted, MAX_KV_HEADS, dtype=torch.int32, device=device),
             capacity=self.capacity,
             block_size=self.block_size,
             heads_per_kv_head=self.heads_per_kv_head,

@@ -12,12 +12,16 @@ constexpr int kTileTokens = 64;  // tokens of one tile in shared memory
 struct Problem {
   const void *q, *k, *v;
   void* out;
-  fp16* partials;  // [num_partials, heads, head_dim], each row in the order of Fragment, times 1 / stats.y
-  float2* stats;   // [num_partials, heads, halves of a row]: log2 of the sum of exponentials, and a power of two
+  // Of the two kernels: [num_partials, heads, head_dim], each row in the order of Fragment, times 1 / stats.y; and
+  // [num_partials, heads, halves of a row]: log2 of the sum of exponentials, and a power of two. The one kernel has
+  // float32 sums of weighted values, and [num_partials, heads]: log2 of the greatest exponential, and their sum.
+  fp16* partials;
+  float2* stats;
   const int *row_group, *prefix_blocks, *prefix_starts, *prefix_lens, *suffix_blocks, *suffix_starts, *suffix_lens;
   const int *partial_starts, *items, *num_items;
   int max_items, rows, heads, kv_heads, head_dim, block_size, split_tokens;
   float scale;
+  int* arrivals;  // [rows, kv_heads], zero between launches; null where there is none
 
   int share() const { return heads / kv_heads; }
 };
@@ -34,6 +38,9 @@ struct Item {
 };
 static_assert(sizeof(Item) == 32, "items are read as two 16-byte words");
 
+bool fits_tensor_cores(const Problem& problem, int64_t dtype);
+bool takes_few(const Problem& problem, int64_t dtype);
+int launch_few(const Problem& problem, int64_t dtype, cudaStream_t stream);
 int launch_splits(const Problem& problem, int64_t dtype, cudaStream_t stream);
 int launch_finish(const Problem& problem, int64_t dtype, cudaStream_t stream);
 int launch_generic(const Problem& problem, int64_t dtype, cudaStream_t stream);

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cuda_ext.decode_groups import (
+    FEW_ROWS_SPLIT_TOKENS,
     SPLIT_TOKENS,
     DecodeArrays,
     DecodeCapacity,
@@ -36,7 +37,7 @@ _ROW_DTYPES = {
 }
 
 
-FEW_ROWS, MANY_ROWS_SPLIT, FEW_ROWS_SPLIT = 32, 1024, 256
+FEW_ROWS, MANY_ROWS_SPLIT = 32, 1024
 
 
 def split_tokens(rows: int, block_size: int) -> int:
@@ -45,7 +46,7 @@ def split_tokens(rows: int, block_size: int) -> int:
     Long pieces leave few partial results to merge, short ones let many multiprocessors share a few sequences. Fixed for
     an engine, so that a row's result never depends on what else is in the batch.
     """
-    split = FEW_ROWS_SPLIT if rows <= FEW_ROWS else MANY_ROWS_SPLIT
+    split = FEW_ROWS_SPLIT_TOKENS if rows <= FEW_ROWS else MANY_ROWS_SPLIT
     return SPLIT_TOKENS if split % block_size else split
 
 

@@ -9,13 +9,16 @@ from torch import Tensor
 
 from cuda_ext import decode_attention
 from cuda_ext.decode_attention import group_decode_attention, group_decode_attention_reference
-from cuda_ext.decode_groups import DecodeArrays, build_decode_groups
+from cuda_ext.decode_groups import FEW_ROWS_SPLIT_TOKENS, SPLIT_TOKENS, DecodeArrays, build_decode_groups
 
 pytestmark = pytest.mark.gpu
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LIMITS = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 """Largest relative error in norm: float32 rounding, or that of weights and outputs in 16 bits."""
+
+both_ways = pytest.mark.parametrize("split", [SPLIT_TOKENS, FEW_ROWS_SPLIT_TOKENS])
+"""In two launches, and in one (which float32 has not)."""
 
 
 @pytest.fixture(autouse=True)
@@ -123,14 +126,15 @@ def assert_near(out: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     assert float(wrong.max()) < 6 * LIMITS[dtype], f"row, head {divmod(worst, out.shape[1])}: {float(wrong.max())}"
 
 
+@both_ways
 @pytest.mark.parametrize("seed", range(24))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_random_shapes(seed: int, dtype: torch.dtype) -> None:
+def test_random_shapes(seed: int, dtype: torch.dtype, split: int) -> None:
     random = np.random.default_rng(1000 + seed)
     heads = [(32, 8), (4, 1), (16, 8), (8, 8), (14, 2), (12, 3)][random.integers(6)]
     head_dim, block_size = int(random.choice([64, 128])), int(random.choice([16, 32]))
     case = make_case(random_groups(seed), heads, head_dim, block_size, dtype, seed)
-    arrays = case.arrays()
+    arrays = case.arrays(split_tokens=split)
     out = group_decode_attention(case.q, case.k_cache, case.v_cache, arrays.to("cuda"), case.scale)
     assert_near(out, case.reference(arrays), dtype)
     again = group_decode_attention(case.q, case.k_cache, case.v_cache, arrays.to("cuda"), case.scale)
@@ -138,7 +142,7 @@ def test_random_shapes(seed: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("seed", range(12))
-@pytest.mark.parametrize("split_tokens", [256, 1024])
+@pytest.mark.parametrize("split_tokens", [128, 256, 1024])
 def test_pieces_of_other_lengths(split_tokens: int, seed: int) -> None:
     """Prefixes and suffixes of several pieces, also with more KV blocks a piece than the kernel keeps at once."""
     random = np.random.default_rng(seed)
@@ -172,6 +176,7 @@ def test_generic_shapes(heads: tuple[int, int], head_dim: int, block_size: int, 
     assert_near(out, case.reference(arrays), dtype)
 
 
+@both_ways
 @pytest.mark.parametrize(
     "groups",
     [
@@ -187,28 +192,32 @@ def test_generic_shapes(heads: tuple[int, int], head_dim: int, block_size: int, 
     ],
     ids=str,
 )
-def test_edges(groups: list[tuple[int, list[int]]]) -> None:
+def test_edges(groups: list[tuple[int, list[int]]], split: int) -> None:
     case = make_case(groups, seed=5)
-    arrays = case.arrays()
+    arrays = case.arrays(split_tokens=split)
     out = group_decode_attention(case.q, case.k_cache, case.v_cache, arrays.to("cuda"), case.scale)
     assert_near(out, case.reference(arrays), torch.bfloat16)
 
 
-def test_scores_and_values_far_from_one() -> None:
+@both_ways
+def test_scores_and_values_far_from_one(split: int) -> None:
     case = make_case([(700, [3, 600]), (20, [1])], dtype=torch.bfloat16)
     case.q *= 50
     case.v_cache *= 2.0**100
-    arrays = case.arrays()
+    arrays = case.arrays(split_tokens=split)
     out = group_decode_attention(case.q, case.k_cache, case.v_cache, arrays.to("cuda"), case.scale)
     expected = case.reference(arrays)
     assert_near(out * 2.0**-100, expected * 2.0**-100, torch.bfloat16)
 
 
+@both_ways
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_row_does_not_depend_on_the_rest_of_the_batch(dtype: torch.dtype) -> None:
+def test_a_row_does_not_depend_on_the_rest_of_the_batch(dtype: torch.dtype, split: int) -> None:
     case = make_case([(1500, [40, 700, 3]), (37, [1, 16]), (512, [9] * 20), (900, [600])], seed=3, dtype=dtype)
     first = case.first_rows
-    whole = group_decode_attention(case.q, case.k_cache, case.v_cache, case.arrays().to("cuda"), case.scale)
+    whole = group_decode_attention(
+        case.q, case.k_cache, case.v_cache, case.arrays(split_tokens=split).to("cuda"), case.scale
+    )
     for chosen in (
         [(0, [1])],
         [(1, [0, 1])],
@@ -218,18 +227,21 @@ def test_a_row_does_not_depend_on_the_rest_of_the_batch(dtype: torch.dtype) -> N
     ):
         rows = [first[number] + place for number, places in chosen for place in places]
         q = case.q[rows].contiguous()
-        alone = group_decode_attention(q, case.k_cache, case.v_cache, case.arrays(chosen).to("cuda"), case.scale)
+        alone = group_decode_attention(
+            q, case.k_cache, case.v_cache, case.arrays(chosen, split_tokens=split).to("cuda"), case.scale
+        )
         assert torch.equal(alone, whole[rows]), f"{chosen}: {float((alone - whole[rows]).abs().max())}"
 
 
+@both_ways
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_suffixes_grow_and_groups_change_under_a_captured_graph(dtype: torch.dtype) -> None:
+def test_suffixes_grow_and_groups_change_under_a_captured_graph(dtype: torch.dtype, split: int) -> None:
     steps = 6
     case = make_case([(600, [509, 1, 60]), (33, [1023, 15])], seed=4, steps=steps, dtype=dtype)
-    needed = case.arrays().capacity
+    needed = case.arrays(split_tokens=split).capacity
     capacity = type(needed)(needed.rows + 3, *(getattr(needed, name) + 9 for name in list(vars(needed))[1:]))
     q = torch.cat((case.q, case.q[:3]))
-    arrays = case.arrays(capacity=capacity)
+    arrays = case.arrays(capacity=capacity, split_tokens=split)
     groups = arrays.to("cuda")
     group_decode_attention(q, case.k_cache, case.v_cache, groups, case.scale)
     torch.cuda.synchronize()
@@ -242,24 +254,25 @@ def test_suffixes_grow_and_groups_change_under_a_captured_graph(dtype: torch.dty
         graph.replay()
         lengths = [(prefix, [length + step for length in lengths]) for prefix, lengths in case.groups]
         now = Case(lengths, case.tables, case.block_size, case.q, case.k_cache, case.v_cache, 1)
-        fresh = now.arrays()
+        fresh = now.arrays(split_tokens=split)
         expected = group_decode_attention(case.q, case.k_cache, case.v_cache, fresh.to("cuda"), case.scale)
         assert_near(out[:-3], now.reference(fresh), dtype)
         assert torch.equal(out[:-3], expected) and bool((out[-3:] == 0).all())
     # other sequences in the same arrays
     chosen = [(1, [1]), (0, [2, 0])]
-    groups.storage.copy_(torch.from_numpy(case.arrays(chosen, capacity=capacity).storage))
+    groups.storage.copy_(torch.from_numpy(case.arrays(chosen, capacity=capacity, split_tokens=split).storage))
     q[:3] = case.q[[4, 2, 0]]
     graph.replay()
     alone = group_decode_attention(
-        q[:3].contiguous(), case.k_cache, case.v_cache, case.arrays(chosen).to("cuda"), case.scale
+        q[:3].contiguous(), case.k_cache, case.v_cache, case.arrays(chosen, split_tokens=split).to("cuda"), case.scale
     )
     assert torch.equal(out[:3], alone) and bool((out[3:] == 0).all())
 
 
-def test_a_batch_of_padding_gives_zeros() -> None:
+@both_ways
+def test_a_batch_of_padding_gives_zeros(split: int) -> None:
     case = make_case([(40, [3, 4])])
-    groups = case.arrays().to("cuda")
+    groups = case.arrays(split_tokens=split).to("cuda")
     groups.row_group.fill_(-1), groups.suffix_lens.zero_(), groups.num_items.zero_()
     out = group_decode_attention(case.q, case.k_cache, case.v_cache, groups, case.scale)
     assert bool((out == 0).all())
