@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ember_ray.config.cli import run_cli
+from ember_ray.config.cli import find_config, run_cli
 from ember_ray.config.errors import UserError
+from ember_ray.config.load import load_config
 from ember_ray.config.sections import Section
 from ember_ray.data.demonstrations import DemonstrationMix
 from ember_ray.data.sql_demonstrations import SqlDemonstrationMix
@@ -129,6 +130,15 @@ class PretrainTinyConfig(Section):
         return self.model_dump(exclude={"output", "databases", "enforce_eager", *other})
 
 
+def command(config: PretrainTinyConfig) -> str:
+    """How the model is made again, as far as a shipped configuration says it; else by the settings recorded beside."""
+    name = DEFAULT_CONFIGS[config.task]
+    shipped = load_config(PretrainTinyConfig, find_config(name))
+    return "python -m recipes.pretrain_tiny" + (
+        f" --config configs/{name}.yaml" if shipped.recorded() == config.recorded() else ", with the settings in config"
+    )
+
+
 def new_task(config: PretrainTinyConfig) -> PretrainTask:
     """The task by its name."""
     if config.task == "sql":
@@ -212,7 +222,7 @@ def pretrain(config: PretrainTinyConfig) -> dict[str, Any]:
     encoded = {name: encode(tokenizer, rows[name], answers[name]) for name in rows}
     lengths = [len(ids) for ids, _ in encoded["clean"]]
     record: dict[str, Any] = {
-        "recipe": f"python -m recipes.pretrain_tiny --config configs/{DEFAULT_CONFIGS[config.task]}.yaml",
+        "recipe": command(config),
         "config": config.recorded(),
         "parameters": model.num_parameters(),
         "vocabulary": len(tokenizer),

@@ -11,7 +11,7 @@ from ember_ray.config.load import load_config
 from ember_ray.data.extraction import generate_examples
 from ember_ray.data.sql_examples import generate_sql_examples
 from ember_ray.train.pretrain import batches
-from recipes.pretrain_tiny import PretrainTinyConfig, new_task
+from recipes.pretrain_tiny import PretrainTinyConfig, command, new_task
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 CONFIG, SQL_CONFIG = CONFIGS / "pretrain_tiny.yaml", CONFIGS / "pretrain_tiny_sql.yaml"
@@ -39,6 +39,27 @@ def test_the_shipped_model_is_what_the_shipped_configuration_makes(task):
     assert f"configs/{path.name}" in record["recipe"] and shipped.task == task
     assert task == "sql" or shipped == PretrainTinyConfig(), "the file shows the defaults"
     assert record["clean"]["steps"] == -(-shipped.clean.samples // shipped.batch_size)
+
+
+def test_only_what_a_shipped_configuration_makes_is_told_to_be_made_by_it():
+    for task, path in (("extract", CONFIG), ("sql", SQL_CONFIG)):
+        shipped = load_config(PretrainTinyConfig, path)
+        assert command(shipped) == _record(task)["recipe"]
+        assert "configs/" not in command(shipped.model_copy(update={"seed": 1}))
+
+
+def test_the_base_models_of_the_full_comparison_have_50_to_200_million_parameters():
+    import torch
+    from transformers import AutoTokenizer
+
+    from ember_ray.train.tiny_model import new_model
+
+    config = load_config(PretrainTinyConfig, CONFIGS / "compare_pretrain.yaml")
+    shape = config.model.model_dump()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path(), local_files_only=True)
+    with torch.device("meta"):
+        model = new_model(shape, shape.pop("rope_theta"), 0, tokenizer)
+    assert 50e6 < model.num_parameters() < 200e6
 
 
 @both_tasks
