@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from actors.adapter_wire import PackedAdapter
     from ember_ray.engine.sampling_params import SamplingParams
     from ember_ray.model.adapter_outbox import AdapterNotice
+    from ember_ray.model.base_weights import BaseHandles
     from ember_ray.model.lora import AdapterUpdate
     from ember_ray.train.batch import Answer
 
@@ -172,6 +173,14 @@ class Coordinator:
         """Lets the stages check and hold an update whose `publish` comes after what they are at now."""
         self._server.prepare(update)
 
+    def base_weights(self) -> list[BaseHandles | str]:
+        """Where each stage's base weights lie, for a learner on their host that builds its model on them; or why not.
+
+        Raises:
+            StageLost: the stages were lost too often in a row.
+        """
+        return self._server.base_weights()
+
     def rollback(self, version: int) -> int:
         """Makes an earlier version official again, exactly; 0 is the base model.
 
@@ -209,6 +218,11 @@ class Coordinator:
             StageLost: the stages are down.
         """
         return next((found for found in self._server.pipeline.call_all("obstacle", source) if found), None)
+
+    @ray.method(concurrency_group="watch")
+    def recoveries(self) -> int:
+        """How often the stages were lost and made anew; their base weights lie elsewhere then."""
+        return self._server.recoveries
 
     @ray.method(concurrency_group="watch")
     def policy_version(self) -> int:

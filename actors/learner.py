@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from actors.publisher import Publisher
     from ember_ray.data.scored_group import ScoredGroup
     from ember_ray.model.adapter_outbox import AdapterNotice
+    from ember_ray.model.base_weights import BaseHandles
     from ember_ray.train.adapter_learner import AdapterLearner
 
 LEARNER_NAME = "ember-learner"
@@ -77,17 +79,33 @@ class LearnerActor:
         self._made: AdapterLearner | None = None
         self._publisher: Publisher | None = None
 
-    def start(self) -> None:
+    def prepare(self) -> None:
+        """Imports what `start` needs, while the stages load whose weights it is to be given."""
+        # else torch asks the driver, which from then on shows the GPUs that it has found
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+        importlib.import_module(LEARNERS[self._settings.kind][0])
+        importlib.import_module("ember_ray.train.trl_trainer")
+
+    def start(self, base: Sequence[BaseHandles] | None = None) -> None:
         """Loads the model; a second call does nothing.
+
+        Args:
+            base: where the base weights of the stages lie, which the model is then built on. On GPUs this process
+                must not have used any before: it will see the stages' and no others.
 
         Raises:
             LearnerError: there is no model, or the options do not fit it.
+            HandleError: the base weights cannot be opened from here.
         """
         if self._made is not None:
             return
+        settings = self._settings
+        if base is not None and settings.device == "cuda":
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(f"GPU-{gpu}" for gpu in gpus_of(base))
         import torch
 
-        settings = self._settings
+        from ember_ray.model.base_weights import open_base
+
         module, name = LEARNERS[settings.kind]
         learner: Any = getattr(importlib.import_module(module), name)
         torch.set_num_threads(settings.num_threads or _assigned_cpus())
@@ -99,11 +117,23 @@ class LearnerActor:
             settings.device,
             settings.output_dir,
             settings.init_adapter,
+            None if base is None else open_base(base),
         )
         # The Trainer collects garbage in every round. What the imports left, a million objects, need not be looked
         # through each time: 0.3 s a round.
         gc.collect()
         gc.freeze()
+
+    def open_base(self, base: Sequence[BaseHandles]) -> None:
+        """Goes on with the base weights of fresh stages, and lets those of the lost ones go.
+
+        Raises:
+            HandleError: they cannot be opened from here.
+            LearnerError: they are of another model.
+        """
+        from ember_ray.model.base_weights import open_base
+
+        self._learner().open_base(open_base(base))
 
     def _learner(self) -> AdapterLearner:
         self.start()
@@ -161,6 +191,14 @@ class LearnerActor:
         learner = self._learner()
         learner.load_state(folder)
         return learner.rounds
+
+
+def gpus_of(base: Sequence[BaseHandles]) -> list[str]:
+    """UUIDs of the GPUs that base weights lie on, in the order of the layers."""
+    from cuda_ext.ipc import IpcMemory
+
+    memories = [handle.memory for stage in base for handle in stage.values()]
+    return list(dict.fromkeys(memory.gpu for memory in memories if isinstance(memory, IpcMemory)))
 
 
 def _assigned_cpus() -> int:

@@ -13,6 +13,7 @@ from actors.pipeline import Pipeline
 
 if TYPE_CHECKING:
     from ember_ray.model.adapter_outbox import AdapterNotice
+    from ember_ray.model.base_weights import BaseHandles
     from ember_ray.model.lora import AdapterUpdate
     from ember_ray.train.batch import Answer
 
@@ -195,6 +196,19 @@ class PolicyServer:
                 self._used(self.official)
                 self.succeeded()
                 return scores
+            except StageLost as lost:
+                self.recover(lost)
+
+    def base_weights(self) -> list[BaseHandles | str]:
+        """Where each stage's base weights lie, or why they cannot be shown; asked again after each loss of a stage.
+
+        Raises:
+            StageLost: the stages are lost for good.
+        """
+        while True:
+            try:
+                self.ensure()
+                return self.pipeline.call_all("base_weights")
             except StageLost as lost:
                 self.recover(lost)
 

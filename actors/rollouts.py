@@ -12,6 +12,7 @@ from actors.messages import CoordinatorSettings, Progress, PromptRow, RolloutRes
 
 if TYPE_CHECKING:
     from ember_ray.engine.sampling_params import SamplingParams
+    from ember_ray.model.base_weights import BaseHandles
     from ember_ray.train.batch import Answer
 
 OnProgress = Callable[[Progress], None]
@@ -150,6 +151,14 @@ class Rollouts:
                 except ActorLost as fault:
                     raise UpdateLost(str(fault)) from lost
             raise
+
+    def base_weights(self) -> list[BaseHandles | str]:
+        """Where each stage's base weights lie, for `LearnerActor.start` on the stages' host; or why it cannot."""
+        return self._wait(self.handle.base_weights.remote(), "the look at the base weights", DAY_S, None)
+
+    def recoveries(self) -> int:
+        """How often the stages were lost and made anew."""
+        return self._watch("recoveries")
 
     def rollback(self, version: int) -> int:
         """Goes back to an earlier version, exactly; 0 is the base model. Raises AdapterError if it is not kept."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ember_ray.engine.request import Candidate, GenerationRequest
     from ember_ray.engine.stage_engine import StageEngine
     from ember_ray.model.adapter_outbox import AdapterInbox, AdapterNotice
+    from ember_ray.model.base_weights import BaseHandles
     from ember_ray.train.batch import Answer
 
 
@@ -165,6 +166,17 @@ class StageActor:
     def resident_versions(self) -> list[int]:
         """Versions that a commit can switch to without tensors."""
         return list(self._engine.resident_versions)
+
+    @ray.method(concurrency_group="control")
+    def base_weights(self) -> BaseHandles | str:
+        """Where this stage's base weights lie, for a learner on its host, or why they cannot be shown."""
+        from ember_ray.model.base_weights import export_base
+        from ember_ray.model.tensor_handles import HandleError
+
+        try:
+            return export_base(self._engine.model.base)
+        except HandleError as obstacle:
+            return str(obstacle)
 
     @ray.method(concurrency_group="control")
     def abort(self, request_id: str) -> None:

@@ -179,11 +179,29 @@ GRPO = Algorithm(
 )
 
 
-def start_learner(config: LearnConfig, algorithm: Algorithm, folder: Path) -> Any:
+def shares_base(config: LearnConfig, stages_are_here: bool) -> bool:
+    """Whether the learner is to learn on the engine's base weights.
+
+    Raises:
+        UserError: it cannot, and the configuration says that it must.
+    """
+    choice = config.learner.base
+    if choice == "shared" and not stages_are_here:
+        raise UserError(
+            "learner.base=shared needs all stages on the node where the run was started, and a stage is on another "
+            "one; use learner.base=auto, or start the run there"
+        )
+    return choice != "own" and stages_are_here and config.model.dtype != "float16"
+
+
+def start_learner(config: LearnConfig, algorithm: Algorithm, folder: Path, shared_base: bool = False) -> Any:
     """A learner actor; its ``start`` must be waited for. It shares the cores with the stages, which rest meanwhile.
 
     It is on the driver's node, where the run folder is, unless only another node has a GPU left for it; then the two
     nodes have to share the folder. A float16 model learns in float32, since gradients leave float16's range.
+
+    Args:
+        shared_base: its model will be on the GPUs of the stages, whose shares of them are counted already.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -203,8 +221,12 @@ def start_learner(config: LearnConfig, algorithm: Algorithm, folder: Path) -> An
         output_dir=str(folder),
         init_adapter=config.model.adapter and str(Path(config.model.adapter).resolve()),
     )
-    resources = {"num_cpus": 0, "num_gpus": LEARNER_GPU if config.model.device == "cuda" else 0}
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    resources: dict[str, Any] = {"num_cpus": 0}
+    if shared_base:
+        resources["runtime_env"] = {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}}  # it names them itself
+    elif config.model.device == "cuda":
+        resources["num_gpus"] = LEARNER_GPU
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=not shared_base)
     actor: Any = LearnerActor
     # no name: a lost learner's may still be taken when the next one comes up
     return actor.options(scheduling_strategy=here, **resources).remote(settings)

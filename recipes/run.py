@@ -21,6 +21,7 @@ from ember_ray.data.example import Example
 from ember_ray.data.scored_group import ScoredGroup
 from ember_ray.data.tokenize import completion_tokens
 from ember_ray.engine.sampling_params import SamplingParams
+from ember_ray.model.tensor_handles import HandleError
 from ember_ray.model.tokenizer import Tokenizer
 from ember_ray.tracking.console import Console
 from ember_ray.tracking.evaluation import gains, summarize
@@ -36,7 +37,7 @@ from ember_ray.train.batch import Demonstration
 from ember_ray.train.options import DpoOptions
 from ember_ray.train.preferences import answers_to_score, reference_scores
 from recipes.earlier import Earlier, forget_before, kept
-from recipes.learners import Algorithm, start_learner
+from recipes.learners import Algorithm, shares_base, start_learner
 from recipes.session import PendingRollout, Session
 from recipes.setup import highest_reward, load_rows, model_path, plan, sampling_params
 from recipes.tasks import task_of
@@ -91,6 +92,8 @@ class Run:
         self._seconds: dict[str, float] = {}
         self._learnt_from: Any = None
         self._revivals = 0
+        self._shares_base: bool | None = None
+        self._base_of = 0
 
     def run(self, loop: Callable[[Run], None]) -> None:
         """Brings up the actors, measures, lets the recipe's loop run, measures again."""
@@ -264,17 +267,75 @@ class Run:
         return max(0, min(size, round((budget - spent) / (spent / prompts)) - self.session.pending_prompts))
 
     def _make_learner(self) -> None:
-        self.learner = start_learner(self.config, self.algorithm, self.learner_path)
-        self._starting = self.learner.start.remote()
+        if self._shares_base is None:
+            self._shares_base = shares_base(self.config, self.session.stages_are_here)
+        self.learner = start_learner(self.config, self.algorithm, self.learner_path, self._shares_base)
+        self._starting = self.learner.prepare.remote() if self._shares_base else self.learner.start.remote()
 
     def _start_learner(self) -> None:
+        if self._shares_base:
+            try:
+                self.session.call("loading the learner", self.learner.start.remote(self._look_at_base()))
+                return
+            except HandleError as obstacle:
+                if self.config.learner.base == "shared":
+                    raise UserError(
+                        f"learner.base=shared: the learner cannot use the engine's weights, {obstacle}; use own"
+                    ) from obstacle
+                self.console.info(f"the learner takes base weights of its own: {obstacle}")
+                self._shares_base = False
+                self._make_learner()
         self.session.call("loading the learner", self._starting)
+
+    def _look_at_base(self) -> list[Any]:
+        """Where the base weights of the stages lie now.
+
+        Raises:
+            HandleError: they cannot be shown to another process.
+        """
+        while True:
+            self._base_of = self.session.recoveries()
+            base = self.session.base_weights()
+            if self.session.recoveries() == self._base_of:
+                break
+        obstacle = next((text for text in base if isinstance(text, str)), None)
+        if obstacle is not None:
+            raise HandleError(obstacle)
+        return base
+
+    def _follow_stages(self) -> None:
+        """Where stages were lost and made anew, their weights lie elsewhere: the learner lets the old ones go.
+
+        Raises:
+            ActorLost: it cannot open the new ones.
+        """
+        if self._shares_base and self.session.recoveries() != self._base_of:
+            self.console.info("the stages were made anew; the learner goes on with the base weights of the new ones")
+            try:
+                self.session.call("opening the base weights", self.learner.open_base.remote(self._look_at_base()))
+            except HandleError as obstacle:
+                raise ActorLost(f"fresh stages' base weights cannot be opened: {obstacle}") from obstacle
 
     def _ask_learner(self, phase: str, method: str, argument: Any) -> Any:
         def ask() -> Any:
-            return self.session.call(phase, getattr(self.learner, method).remote(argument))
+            if method == "learn":
+                self._follow_stages()
+            try:
+                return self.session.call(phase, getattr(self.learner, method).remote(argument))
+            except RuntimeError as fault:
+                if isinstance(fault, ActorLost) or not self._lost_its_base():
+                    raise
+                raise ActorLost(f"{phase} failed when a stage was lost whose weights it used: {fault}") from fault
 
         return self._keeping_learner(ask, again=method == "learn")
+
+    def _lost_its_base(self) -> bool:
+        """Whether the stages that the learner has its base weights from are no more; looks after them."""
+        if not self._shares_base:
+            return False
+        before = self._base_of
+        self._look_at_base()
+        return self._base_of != before
 
     def _publish(self, version: int) -> None:
         """The learner's adapter as it is now. If another actor than the learner is lost, so is the run."""
@@ -363,6 +424,7 @@ class Run:
     def _measure_mismatch(self, groups: list[ScoredGroup]) -> dict[str, float]:
         limit = getattr(self.config, self.algorithm.section).mismatch_candidates
         try:
+            self._follow_stages()
             return self.session.call("comparing", self.learner.mismatch.remote(groups, limit))
         except ActorLost as lost:  # the next round makes a fresh learner; nothing that was learnt hangs on this
             self.console.info(f"engine and learner were not compared: {lost}")

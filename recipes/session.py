@@ -109,6 +109,23 @@ class Session:
         """The coordinator's handle, for actors that talk to it."""
         return self._rollouts.handle
 
+    @property
+    def stages_are_here(self) -> bool:
+        """Whether all stages are on the driver's node, where the learner is too."""
+        import ray
+        from ray.util import placement_group_table
+
+        nodes = placement_group_table(self._cluster.placement.group)["bundles_to_node_id"].values()
+        return set(nodes) == {ray.get_runtime_context().get_node_id()}
+
+    def base_weights(self) -> list[Any]:
+        """Where each stage's base weights lie, or in words why they cannot be shown; waits for a running rollout."""
+        return self._rollouts.base_weights()
+
+    def recoveries(self) -> int:
+        """How often the stages were lost and made anew."""
+        return self._rollouts.recoveries()
+
     def ready(self) -> None:
         """Waits until stages and verifiers are up; other things may be started meanwhile.
 

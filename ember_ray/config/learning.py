@@ -27,6 +27,16 @@ DpoLoss = Literal[
 ]
 
 
+class LearnerSection(Section):
+    """``learner.*``"""
+
+    base: Literal["auto", "shared", "own"] = Field(
+        "auto",
+        description="Base weights of the learner: shared = those of the engine, in its memory; own = a copy; "
+        "auto = shared where the stages are on the learner's node and its number format is theirs.",
+    )
+
+
 class OptimizerSection(Section):
     """What all learners have: batches, learning rate, clipping."""
 

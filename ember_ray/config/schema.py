@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from ember_ray.config.learning import BestOfNSection, DpoSection, GrpoSection, SftSection
+from ember_ray.config.learning import BestOfNSection, DpoSection, GrpoSection, LearnerSection, SftSection
 from ember_ray.config.sections import (
     EngineSection,
     LoraSection,
@@ -57,6 +57,7 @@ class LearnConfig(RunConfig):
     ray: RaySection = Field(default_factory=RaySection, description="The cluster.")
     engine: EngineSection = Field(default_factory=EngineSection, description="The rollout engine.")
     rollout: RolloutSection = Field(default_factory=RolloutSection, description="How candidates are drawn and judged.")
+    learner: LearnerSection = Field(default_factory=LearnerSection, description="The learner's process.")
     lora: LoraSection = Field(default_factory=LoraSection, description="The adapter that is learnt (PEFT's names).")
     data: DataSection
     reward: RewardSection
@@ -67,6 +68,11 @@ class LearnConfig(RunConfig):
             raise ValueError(
                 f"rollout.max_tokens={self.rollout.max_tokens} leaves no room for a prompt in "
                 f"engine.max_model_len={self.engine.max_model_len}; lower it"
+            )
+        if self.learner.base == "shared" and self.model.dtype == "float16":
+            raise ValueError(
+                "learner.base=shared does not go with model.dtype=float16: gradients leave its range, so the learner "
+                "needs a float32 copy of its own; use learner.base=auto, or bfloat16"
             )
         if self.ray.address is not None and self.ray.num_cpus is not None:
             raise ValueError("ray.num_cpus is for a local Ray only; leave it null when ray.address names a cluster")

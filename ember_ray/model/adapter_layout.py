@@ -176,7 +176,8 @@ class AdapterPacker:
     def __init__(self, checked: LoraLayers, shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype) -> None:
         self.layout, self.scaling, self._sources = adapter_layout(checked, shapes)
         self._dtype, tensors = dtype, self._sources
-        self._gathered = Gathered.of(tensors, self.layout, tensors[0].device) if tensors[0].is_cuda else None
+        one_gpu = tensors[0].is_cuda and len({tensor.device for tensor in tensors}) == 1
+        self._gathered = Gathered.of(tensors, self.layout, tensors[0].device) if one_gpu else None
 
     @torch.no_grad()
     def pack(self, version: int, out: Tensor | None = None) -> FlatAdapter:

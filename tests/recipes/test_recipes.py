@@ -59,7 +59,8 @@ def test_a_short_run_improves_its_starting_checkpoint(algorithm: str, task: str,
 
 @pytest.mark.slow
 def test_a_run_ahead_of_learning_is_the_same_after_a_lost_learner_and_a_resume(tmp_path: Path) -> None:
-    """The learner's process is killed in the middle of a round, and the run ended with Ctrl-C in a later one."""
+    """The learner's process is killed in the middle of a round, the stage in the next one, and the run ended with Ctrl-C
+    in a later one; and where the learner has base weights of its own it is the same as well."""
     from transformers import AutoModelForCausalLM
 
     from ember_ray.assets import tiny_model_path
@@ -84,16 +85,19 @@ def test_a_run_ahead_of_learning_is_the_same_after_a_lost_learner_and_a_resume(t
             assert time.monotonic() < deadline and command.process.poll() is None
             time.sleep(0.02)
 
-    calm = begin("calm").end()
+    calm = begin("calm", "learner.base=own").end()
     command = begin("rough")
     wait_for(command, "runs/*/learner/*.pt")  # the first round is over
-    kill_learner(command)
+    kill(command, b"LearnerActor")
     wait_for(command, "runs/*/learner/policy_v3")  # and the second
+    kill(command, b"StageActor")
+    wait_for(command, "runs/*/learner/policy_v4")  # and the third
     os.kill(command.process.pid, signal.SIGINT)
     rough = command.end()
     resumed = begin("rough", f"resume={only_run(tmp_path / 'rough')}").end()
     assert (calm.status, rough.status, resumed.status) == (0, 130, 0), calm.stderr + rough.stderr + resumed.stderr
-    assert "the learner was lost" in rough.stdout and "going on after round" in resumed.stdout
+    assert "the learner was lost" in rough.stdout and "the learner goes on with the base weights" in rough.stdout
+    assert "base weights" not in calm.stdout and "going on after round" in resumed.stdout
     assert rough.left == resumed.left == []
     timed = ("seconds", "tokens_per_second", "step_time")
     curves = [
@@ -113,7 +117,7 @@ def test_a_run_ahead_of_learning_is_the_same_after_a_lost_learner_and_a_resume(t
         assert row["generated_tokens"] > 12 * 4 * row["completions/mean_length"]
 
 
-def kill_learner(command: Command) -> None:
+def kill(command: Command, actor: bytes) -> None:
     deadline = time.monotonic() + 60
     killed = 0
     while not killed:
@@ -121,7 +125,7 @@ def kill_learner(command: Command) -> None:
         for process in Path("/proc").glob("[0-9]*"):
             try:
                 ours = command.mark.encode() in (process / "environ").read_bytes()
-                if ours and b"LearnerActor" in (process / "cmdline").read_bytes():
+                if ours and actor in (process / "cmdline").read_bytes():
                     os.kill(int(process.name), signal.SIGKILL)
                     killed += 1
             except OSError:

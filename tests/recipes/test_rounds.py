@@ -184,7 +184,7 @@ class Learner:
 class Actors:
     """A session that asks the learner and nobody else."""
 
-    policy_version, coordinator = 0, None
+    policy_version, coordinator, stages_are_here = 0, None, False
     totals = RolloutStats()
 
     def __init__(self, losses: list[str]) -> None:
