@@ -83,7 +83,7 @@ class EagerRunner:
             self._slots = SlotTable(options.max_num_seqs, stop_check)
             self._state = SlotState.zeros(options.max_num_seqs, options.device)
         self._steps = 0
-        self._clock = StepClock(options.device, num_lanes)
+        self._clock = StepClock(options.device)
         self.timings: dict[str, float] = {}
 
     def run(self, plan: StepPlan) -> _Pending:

@@ -22,8 +22,9 @@ _SETTINGS = {
     # When a wait is over its limit or a peer is lost: abort the communicators, which ends kernels that wait for the
     # peer, and leave the process alive, so that it can say what happened. torch's own choice is to end the process.
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2",
-    # without this, torch waits up to a minute for other processes to write debug files first
+    # no debug files, and no waiting until other processes have written theirs: by default a minute before the abort
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "0",
 }
 """Read by torch when a group is made; what the user has set stays."""
 

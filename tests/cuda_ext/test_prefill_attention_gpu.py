@@ -102,7 +102,12 @@ def test_backend_equals_float64(backend: str, dtype: torch.dtype, dim: int, chun
     usable(backend, dtype, dim)
     for heads, kv_heads, block, seed in ((8, 2, 16, 1), (5, 1, 1, 2), (3, 3, 128, 3)):
         inputs = draw(chunks, heads, kv_heads, dim, dtype, block, seed)
-        out = prefill_attention(*inputs, dim**-0.5, backend)
+        try:
+            out = prefill_attention(*inputs, dim**-0.5, backend)
+        except RuntimeError as fault:
+            if backend == "flash_attn" and "this build has" in str(fault):
+                pytest.skip(f"flash-attn was built for less: {fault}")
+            raise
         assert_near(out, exact(*inputs, dim**-0.5))
         again = prefill_attention(*inputs, dim**-0.5, backend)
         assert torch.equal(out, again)

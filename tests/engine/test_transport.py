@@ -17,10 +17,6 @@ from ember_ray.engine.nccl_link import NcclLink, StageDevice, make_nccl_group, n
 from ember_ray.engine.transport import LoopbackTransport, ProcessGroupTransport, TransportError
 from tests.support.stages import free_port
 
-two_gpus = pytest.mark.skipif(
-    torch.cuda.device_count() < 2, reason=f"needs two CUDA devices, this machine has {torch.cuda.device_count()}"
-)
-
 
 def together(count: int, work: Callable[[int], Any], limit_s: float = 60.0) -> list[Any]:
     """work(stage) in a thread for each stage; what they returned, or raises what one of them raised."""
@@ -80,7 +76,7 @@ def test_settings_hold_while_a_group_is_made_only(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("TORCH_NCCL_DUMP_ON_TIMEOUT", raising=False)
     with pytest.raises(KeyError), nccl_settings():
         assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "1"  # the user's
-        assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "0"
+        assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == os.environ["TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"] == "0"
         raise KeyError
     assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "1"
     assert "TORCH_NCCL_DUMP_ON_TIMEOUT" not in os.environ
@@ -352,57 +348,3 @@ def test_nccl_that_refuses_is_given_up_by_all(
     for end in (a, b):
         end.flush()
         end.close()
-
-
-@pytest.mark.gpu
-@two_gpus
-def test_gpus_talk_by_nccl_in_the_order_of_their_streams(caplog: pytest.LogCaptureFixture) -> None:
-    """Messages that are made behind a long kernel, and used at once on the other side; the hosts wait for neither."""
-    caplog.set_level(logging.INFO)
-    ends = transports(["cuda:0", "cuda:1"])
-    assert [record.message for record in caplog.records] == ["2 stages pass hidden states from GPU to GPU by NCCL"]
-    count, shape, was_ahead = 20, (800, 2560), [False, False]
-
-    def message(device: torch.device, value: float) -> torch.Tensor:
-        return torch.full(shape, value, device=device, dtype=torch.bfloat16)
-
-    def run(stage: int) -> list[float]:
-        device = torch.device("cuda", stage)
-        torch.cuda.set_device(device)
-        means: list[torch.Tensor] = [message(device, 0.0).float().mean()]  # kernels are loaded at their first use
-        torch.cuda.synchronize(device)
-        for tag in range(count):
-            if stage == 0:
-                if tag == 0:
-                    torch.cuda._sleep(2_000_000_000)  # about a second
-                ends[0].send(message(device, float(tag + 1)), 1, tag)  # the transport alone keeps it
-                message(device, -1.0)
-            else:
-                buffer = torch.empty(shape, device=device, dtype=torch.bfloat16)
-                means.append(ends[1].receive(buffer, 0, tag).float().mean())
-        end = torch.cuda.Event()
-        end.record()
-        was_ahead[stage] = not end.query()
-        ends[stage].flush()
-        torch.cuda.synchronize(device)
-        ends[stage].check()
-        return [float(value) for value in means[1:]]
-
-    assert together(2, run)[1] == [float(tag + 1) for tag in range(count)]
-    assert was_ahead == [True, True], "a host waited for a GPU"
-    for end in ends:
-        end.close()
-
-
-@pytest.mark.gpu
-@two_gpus
-def test_a_lost_gpu_is_an_error_not_a_hang() -> None:
-    ends = transports(["cuda:0", "cuda:1"], timeout_s=5.0)
-    start = time.monotonic()
-    buffer = ends[1].receive(torch.empty(1000, device="cuda:1"), 0, 0)
-    ends[0].close()
-    float(buffer.sum())  # the host waits for the GPU, which waits for the peer until the time limit
-    with pytest.raises(TransportError, match="stage 1"):
-        ends[1].check()
-    assert time.monotonic() - start < 30
-    ends[1].close()
