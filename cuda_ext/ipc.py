@@ -90,7 +90,8 @@ class OpenedMemory:
 
     def tensor(self, offset: int, nbytes: int) -> Tensor:
         """uint8 [nbytes] over this memory, which it keeps open; on the GPU that the memory lies on."""
-        return torch.as_tensor(_Bytes(self, self.pointer + offset, nbytes), device="cuda")
+        # with another device, or "cuda" where that is another one, torch would make a copy there
+        return torch.as_tensor(_Bytes(self, self.pointer + offset, nbytes), device=self.device)
 
     def copy_to(self, out: Tensor, offset: int) -> None:
         """Bytes from ``offset`` on into a contiguous tensor on the reading GPU, queued on its current stream."""

@@ -59,8 +59,8 @@ def test_a_short_run_improves_its_starting_checkpoint(algorithm: str, task: str,
 
 @pytest.mark.slow
 def test_a_run_ahead_of_learning_is_the_same_after_a_lost_learner_and_a_resume(tmp_path: Path) -> None:
-    """The learner's process is killed in the middle of a round, the stage in the next one, and the run ended with Ctrl-C
-    in a later one; and where the learner has base weights of its own it is the same as well."""
+    """The learner's process is killed in the middle of a round, the stage in the next one, and Ctrl-C ends the run in a
+    later one; where the learner has base weights of its own, nothing of that is, and all is the same."""
     from transformers import AutoModelForCausalLM
 
     from ember_ray.assets import tiny_model_path
