@@ -191,7 +191,7 @@ def prefill_attention(
         q: [tokens, heads, head_dim], packed chunk after chunk.
         k_cache, v_cache: [num_slots, kv_heads, head_dim], contiguous, same dtype as q, K and V of all the pass's
             tokens written; kv_heads divides heads. Slots that no chunk names are not read.
-        scale: multiplies the scores.
+        scale: multiplies the scores; above 0.
         backend: from choose_backend(). "cudnn" falls back to "torch_flash" for a pass with a chunk that has positions
             before it, or a length for which a plan of cuDNN would hardly be used again (CUDNN_GRAIN).
 

@@ -4,6 +4,7 @@
 // warpgroups of 64 query rows each run S = Q K^T and O += P V. Inside a warpgroup the products of the next tile run
 // under the softmax of this one, from one item of work to the next as inside one; between them the two take turns, so
 // that one multiplies while the other exponentiates.
+#include "hopper_host.cuh"
 #include "prefill_attention_compute.cuh"
 
 namespace ember::prefill {
@@ -49,30 +50,6 @@ __global__ void __launch_bounds__(kThreads, 1) prefill_attention_kernel(const __
 
 namespace {
 
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-Encode encoder() {
-  static Encode found = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult result;
-    const cudaError_t status =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
-    return status == cudaSuccess && result == cudaDriverEntryPointSuccess ? (Encode)function : nullptr;
-  }();
-  return found;
-}
-
-// [rows, heads, D] of 2-byte numbers, read in boxes of box_rows of one head and 64 columns.
-bool describe(CUtensorMap* map, const void* data, int64_t dtype, int64_t rows, int64_t heads, int64_t D, int box_rows) {
-  const cuuint64_t sizes[3] = {(cuuint64_t)D, (cuuint64_t)heads, (cuuint64_t)rows};
-  const cuuint64_t strides[2] = {(cuuint64_t)D * 2, (cuuint64_t)(D * heads) * 2};
-  const cuuint32_t box[3] = {kColumns, 1, (cuuint32_t)box_rows}, steps[3] = {1, 1, 1};
-  return encoder()(map, dtype == kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3,
-                   const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                   CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
 template <class T, int D>
 int run(const Params& params, cudaStream_t stream) {
   const int blocks = min(device_info().multiprocessors, params.num_tiles * params.heads);
@@ -96,17 +73,21 @@ EMBER_API int ember_prefill_attention(void* out, const void* q, const void* k, c
   if (device_info().major != 9) return fail("prefill attention's kernel runs on compute capability 9.0 only");
   if (head_dim != 64 && head_dim != 128) return fail("head_dim is %lld, not 64 or 128", (long long)head_dim);
   if (dtype != kBFloat16 && dtype != kFloat16) return fail("q is neither bfloat16 nor float16");
-  if (encoder() == nullptr) return fail("the driver knows no tensor maps; it must be of CUDA 12.0 or newer");
+  if (!(scale > 0)) return fail("scale is %g; it must be positive", (double)scale);
+  if (tensor_map_encoder() == nullptr) return fail("the driver knows no tensor maps; it must be of CUDA 12.0 or newer");
   if (slots != nullptr && run_length < kShortestRun)
     return fail("K and V in runs of %lld are to be gathered first", (long long)run_length);
   if (num_tiles == 0) return 0;
   const int box = slots == nullptr ? kTileK / 2 : min((int)run_length, kTileK / 2);  // a warp copies half a tile
   Params params;
-  if (!describe(&params.q_map, q, dtype, tokens, heads, head_dim, kTileQ) ||
-      !describe(&params.k_map, k, dtype, num_rows, kv_heads, head_dim, box) ||
-      !describe(&params.v_map, v, dtype, num_rows, kv_heads, head_dim, box) ||
-      !describe(&params.k_row_map, k, dtype, num_rows, kv_heads, head_dim, 1) ||
-      !describe(&params.v_row_map, v, dtype, num_rows, kv_heads, head_dim, 1))
+  const auto describe_rows = [&](CUtensorMap* map, const void* data, int64_t rows, int64_t heads, int box_rows) {
+    return describe(map, data, dtype, {head_dim, heads, rows}, {head_dim, head_dim * heads}, {kColumns, 1, box_rows});
+  };
+  if (!describe_rows(&params.q_map, q, tokens, heads, kTileQ) ||
+      !describe_rows(&params.k_map, k, num_rows, kv_heads, box) ||
+      !describe_rows(&params.v_map, v, num_rows, kv_heads, box) ||
+      !describe_rows(&params.k_row_map, k, num_rows, kv_heads, 1) ||
+      !describe_rows(&params.v_row_map, v, num_rows, kv_heads, 1))
     return fail("q, k or v cannot be described to the copy engine: is each aligned to 16 bytes?");
   params.out = out;
   params.tiles = (const int4*)tiles;

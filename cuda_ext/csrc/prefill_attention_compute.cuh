@@ -5,8 +5,9 @@
 
 #include <type_traits>
 
+#include "hopper_products.cuh"
 #include "prefill_attention_load.cuh"
-#include "prefill_attention_products.cuh"
+
 
 namespace ember::prefill {
 
@@ -16,30 +17,24 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
-__device__ __forceinline__ uint32_t pack(bf16, float low, float high) {
-  uint32_t both;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  return both;
-}
-__device__ __forceinline__ uint32_t pack(fp16, float low, float high) {
-  uint32_t both;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  return both;
-}
-
 // A thread of a warpgroup holds two rows of a tile of scores: value 4 j + 2 r + e is row r (8 apart), column
 // 8 j + 2 (lane % 4) + e.
 struct Softmax {
-  float top[2], total[2];  // total: of this thread's columns only
+  // How far, in powers of 2, scores may exceed `top` before it rises: weights up to 2^kSlack are as exact as those up
+  // to 1, and what was summed before needs no new factor (FlashAttention-4 rescales by such a threshold).
+  static constexpr float kSlack = 8;
+
+  float top[2], total[2];  // top: of the scores, or up to kSlack less; total: of this thread's columns only
 
   __device__ __forceinline__ void reset() {
     top[0] = top[1] = -1e38f;
     total[0] = total[1] = 0;
   }
 
-  // Scores become weights. Returns in `fade` what earlier results must be multiplied by.
+  // Scores become weights. Returns in `fade` what earlier results must be multiplied by, and whether that differs from
+  // 1 in any row of the warp.
   template <bool kMasked>
-  __device__ __forceinline__ void step(float (&s)[64], float scale_log2, int last_column, float (&fade)[2]) {
+  __device__ __forceinline__ bool step(float (&s)[64], float scale_log2, int last_column, float (&fade)[2]) {
     if (kMasked) {
 #pragma unroll
       for (int i = 0; i < 64; ++i) {
@@ -59,13 +54,16 @@ struct Softmax {
     for (int step = 1; step <= 2; step *= 2)
 #pragma unroll
       for (int r = 0; r < 2; ++r) most[r][0] = fmaxf(most[r][0], __shfl_xor_sync(~0u, most[r][0], step));
+    bool rises[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float now = fmaxf(top[r], most[r][0]);
-      fade[r] = exp2_fast((top[r] - now) * scale_log2);
-      top[r] = now;
-      shift[r] = now * scale_log2;
+      const float beyond = (most[r][0] - top[r]) * scale_log2;
+      rises[r] = beyond > kSlack;
+      fade[r] = rises[r] ? exp2_fast(-beyond) : 1;
+      top[r] = rises[r] ? most[r][0] : top[r];
+      shift[r] = top[r] * scale_log2;
     }
+    const bool any_rises = __any_sync(~0u, rises[0] || rises[1]);
 #pragma unroll
     for (int i = 0; i < 64; ++i) {
       const int r = i >> 1 & 1, chain = i & 1;
@@ -74,6 +72,7 @@ struct Softmax {
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) total[r] = total[r] * fade[r] + (sum[r][0] + sum[r][1]);
+    return any_rises;
   }
 };
 
@@ -122,8 +121,8 @@ __device__ __forceinline__ void consume(const Params& params, Shared<D>& shared)
   const int group = __shfl_sync(~0u, threadIdx.x / 128 - 1, 0);
   const int lane = threadIdx.x % 32;
   const int row = group * 64 + threadIdx.x / 32 % 4 * 16 + lane / 4;  // this thread's first
-  const uint64_t k_operand = operand(shared.k, 16, 1024);
-  const uint64_t v_operand = operand(shared.v, kTileK * 128, 1024);
+  const uint32_t k_operand = operand(shared.k, 0);
+  const uint32_t v_operand = operand(shared.v, kTileK * 128);
   constexpr int kStageStep = kTileK * D * 2 >> 4;
   const int turn = 1 + group, others_turn = 2 - group;  // named barriers
   if (group == 1) named_barrier_arrive(others_turn, 256);
@@ -133,6 +132,7 @@ __device__ __forceinline__ void consume(const Params& params, Shared<D>& shared)
   Place<kStagesK> k;
   Place<kStagesV> v;
   int round = 0, tile, accumulate;
+  bool fades;
   bool half;  // the first tile shows these rows no more than its first half
   constexpr std::true_type yes;
   constexpr std::false_type no;
@@ -157,7 +157,7 @@ __device__ __forceinline__ void consume(const Params& params, Shared<D>& shared)
     matrix_fence();
 #pragma unroll
     for (int i = 0; i < D / 16; ++i) {
-      const uint64_t b = k_operand + k.stage * kStageStep + i / 4 * (kTileK * 128 >> 4) + i % 4 * 2;
+      const uint32_t b = k_operand + k.stage * kStageStep + i / 4 * (kTileK * 128 >> 4) + i % 4 * 2;
       if (decltype(half)::value) multiply_transposed(T(), *(float(*)[32]) & s, q[i], b, i > 0);
       else multiply_transposed(T(), s, q[i], b, i > 0);
     }
@@ -173,7 +173,7 @@ __device__ __forceinline__ void consume(const Params& params, Shared<D>& shared)
   const auto weigh = [&](auto masked) {
     // the last visible column of this thread's first row, counted from the first of its own columns in the tile
     const int last_column = work.position + row - lane % 4 * 2 - tile * kTileK;
-    softmax.step<decltype(masked)::value>(s, params.scale_log2, last_column, fade);
+    fades = softmax.step<decltype(masked)::value>(s, params.scale_log2, last_column, fade);
     pin(s);
     // Long since true; its loop keeps the compiler from moving the exponentials behind the wait for O.
     barrier_wait(&shared.v_full[v.stage], v.parity);
@@ -201,8 +201,10 @@ __device__ __forceinline__ void consume(const Params& params, Shared<D>& shared)
   const auto advance = [&](auto masked, auto half_values) {
     --tile;
     step(masked, no, half_values);
+    if (fades) {
 #pragma unroll
-    for (int i = 0; i < D / 2; ++i) o[i] *= fade[i >> 1 & 1];
+      for (int i = 0; i < D / 2; ++i) o[i] *= fade[i >> 1 & 1];
+    }
     pack_weights();
     accumulate = 1;
   };

@@ -1,7 +1,7 @@
 // Prefill attention, the side that loads: what a block shares, its list of work, and the warps that copy K and V.
 #pragma once
 
-#include "prefill_attention_hopper.cuh"
+#include "hopper.cuh"
 
 namespace ember::prefill {
 
@@ -81,7 +81,7 @@ __device__ __forceinline__ void produce(const Params& params, Shared<D>& shared,
         return params.slots == nullptr ? at : (int)params.slots[at];
       };
       const auto load = [&](const CUtensorMap& from, int row, int part, int z) {
-        load_box(stage + (part * kTileK + row) * 128, from, barrier, part * kColumns, kv_head, z);
+        load_box<1>(stage + (part * kTileK + row) * 128, from, barrier, part * kColumns, kv_head, z);
       };
       const int run_row = own + lane / kParts * params.run, run_at = lane < runs * kParts ? row_of(run_row) : 0;
       barrier_wait(&empty[place.stage], place.parity ^ 1);
@@ -111,7 +111,7 @@ __device__ __forceinline__ void produce(const Params& params, Shared<D>& shared,
           barrier_expect(&shared.q_full, kTileQ * D * 2);
 #pragma unroll
           for (int part = 0; part < kParts; ++part)
-            load_box(shared.q + part * kTileQ * 128, params.q_map, &shared.q_full, part * kColumns, work.head,
+            load_box<1>(shared.q + part * kTileQ * 128, params.q_map, &shared.q_full, part * kColumns, work.head,
                      work.first_query);
         }
         __syncwarp();

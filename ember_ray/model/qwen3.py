@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from cuda_ext.decode_state import embed
+from cuda_ext.linear_swiglu import linear_swiglu
 from cuda_ext.lora import FusedLora, lora_linear
 from cuda_ext.rms_norm import add_rms_norm, rms_norm
 from cuda_ext.rope import qk_norm_rope_write, rope_table
 from cuda_ext.skinny_linear import can_skinny, norm_linear, norm_linear_swiglu, skinny_linear
-from cuda_ext.swiglu import swiglu
 from cuda_ext.swiglu_lora import swiglu_lora
 from ember_ray.model.base_weights import SharedRoom, can_share, stacked
 from ember_ray.model.checkpoint import Checkpoint
@@ -127,9 +127,10 @@ class DecoderLayer:
         if "gate_up_proj" not in lora and can_skinny(x, weight):
             return norm_linear_swiglu(x, residual, self.post_attention_norm, self.config.rms_norm_eps, weight)
         normed, residual = self.norm(x, residual, self.post_attention_norm)
-        gate_up, adapter = self.linear("gate_up_proj", normed, {}), lora.get("gate_up_proj")
+        adapter = lora.get("gate_up_proj")
         if adapter is None:
-            return swiglu(gate_up), residual
+            return linear_swiglu(normed, weight), residual
+        gate_up = self.linear("gate_up_proj", normed, {})
         return swiglu_lora(gate_up, torch.nn.functional.linear(normed, adapter.a), adapter), residual
 
     def forward(
