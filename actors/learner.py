@@ -6,12 +6,13 @@ import gc
 import importlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import ray
 
 from ember_ray.train.options import LearnerOptions, LoraOptions
+from ember_ray.train.version_journal import VersionJournal
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,6 +79,7 @@ class LearnerActor:
         self._settings = settings
         self._made: AdapterLearner | None = None
         self._publisher: Publisher | None = None
+        self._journal = VersionJournal(settings.output_dir) if settings.output_dir is not None else None
 
     def prepare(self) -> None:
         """Imports what `start` needs, while the stages load whose weights it is to be given."""
@@ -156,13 +158,15 @@ class LearnerActor:
         """The adapter as it is now, as the coordinator's `publish` takes it.
 
         Args:
+            version: its number. Where an earlier session of the run, or a process that was lost, has given it to
+                another adapter, the update has a higher one.
             coordinator: whose stages are to take it; see `Publisher`. Without one it is the tensors.
 
         Raises:
             LearnerError: a weight is NaN or infinite.
         """
         from actors.adapter_wire import pack_adapter
-        from actors.publisher import Publisher
+        from actors.publisher import Publisher, update_digest
         from ember_ray.model.lora import AdapterError, AdapterUpdate
         from ember_ray.train.adapter import adapter_scaling, adapter_tensors
         from ember_ray.train.errors import LearnerError
@@ -172,9 +176,12 @@ class LearnerActor:
             return pack_adapter(learner.adapter_update(version))
         try:
             if self._publisher is None:
-                update = AdapterUpdate(0, adapter_tensors(learner.model), adapter_scaling(learner.model))
-                self._publisher = Publisher(self._settings.model_path, update, self._settings.device, coordinator)
-            return self._publisher.write(version)
+                own = AdapterUpdate(0, adapter_tensors(learner.model), adapter_scaling(learner.model))
+                self._publisher = Publisher(self._settings.model_path, own, self._settings.device, coordinator)
+            update = self._publisher.write(version)
+            if self._journal is not None:
+                update = replace(update, version=self._journal.number(version, update_digest(update)))
+            return update
         except AdapterError as fault:
             raise LearnerError(f"{fault} after learning; it is not published") from fault
 

@@ -106,8 +106,10 @@ class Publications:
             lora_mode=mode, num_kv_blocks=256, max_num_seqs=8, max_model_len=512,
         )  # fmt: skip
         self._options, self._folder, self._mode = options, folder, mode
+        begun = time.monotonic()
         self._rollouts = Rollouts(cluster, CoordinatorSettings(engine))
         self._rollouts.ready()
+        print(f"{mode}: the stage was up after {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
         self._version = 0
 
     def measure(self, rank: int, modules: str) -> dict[str, Any]:
@@ -179,31 +181,30 @@ def main(given: Sequence[str] | None = None) -> int:
         "model": options.shape, "dtype": options.dtype, "gpu": gpu, "git_commit": options.git_commit or commit,
         "git_dirty": dirty,
     }  # fmt: skip
-    rows, status = [], 0
+    default = Path("reports") / f"adapter_swap_{short_name(gpu)}_{date.today().isoformat()}" / "publication.jsonl"
+    keeps = options.repetitions >= LEAST_REPETITIONS and (options.shape != "tiny" or options.output is not None)
+    output: Path = options.output or default
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         model = write_model_folder(Path(folder), options.shape)
         share = 0.75 if options.device == "cuda" else 0.0
         with clusters.start(1, run="publication", gpus_per_stage=share, dashboard=False) as cluster:
             for mode in options.modes:
                 publications = Publications(cluster, mode, model, options)
-                try:
-                    for rank in options.ranks:
-                        for modules in options.modules:
-                            found = publications.measure(rank, modules)
-                            rows.append(rounded(found | common))
-                            print(json_line(rows[-1]), end="", flush=True)
-                except Refused as refusal:
-                    print(f"{mode}: {refusal}", file=sys.stderr)
-                    status = 1
-                finally:
-                    publications.close()
-    if rows and options.repetitions >= LEAST_REPETITIONS and (options.shape != "tiny" or options.output):
-        day = date.today().isoformat()
-        path = options.output or Path(f"reports/adapter_swap_{short_name(gpu)}_{day}/publication.jsonl")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_jsonl(path, rows)
-        print(path)
-    return status
+                for rank in options.ranks:
+                    for modules in options.modules:
+                        try:
+                            measured = publications.measure(rank, modules)
+                        except Refused as fault:
+                            print(f"{mode} rank {rank} {modules}: {fault}", file=sys.stderr)
+                            return 1
+                        rows.append(rounded(measured | common))
+                        print(json_line(rows[-1]), end="", flush=True)
+                        if keeps:
+                            output.parent.mkdir(parents=True, exist_ok=True)
+                            write_jsonl(output, rows)
+                publications.close()
+    return 0
 
 
 if __name__ == "__main__":

@@ -196,7 +196,6 @@ class Run:
         begun = time.monotonic()
         self._learnt_from = batch
         learnt = self._ask_learner("learning", "learn", batch)
-        self._ask_learner("saving", "save_adapter", self.adapter_path)
         self._seconds["learning"] = time.monotonic() - begun
         return learnt
 
@@ -209,6 +208,7 @@ class Run:
 
     def record(self, number: int, learnt: dict[str, float], result: RolloutResult | None = None) -> None:
         """Writes down the round; from here on a resumed run need not do it again."""
+        self._ask_learner("saving", "save_adapter", self.adapter_path)  # here: publication does not wait for files
         session = self.session
         metrics: dict[str, Any] = {"round": number, **learnt, "policy_version": session.policy_version}
         if result is not None:
