@@ -43,6 +43,13 @@ BLOCK_OF = {"qkv_proj": "self_attn", "o_proj": "self_attn", "gate_up_proj": "mlp
 LayerLora = dict[str, FusedLora]
 """Fused linear layer name -> its adapter."""
 
+ADDING_ROWS = 512
+"""From so many rows on a 16-bit product adds to the residual stream itself: the norm behind it moves half the bytes."""
+
+Stream = tuple[Tensor | None, Tensor]
+"""Two tensors [tokens, hidden] whose sum is the residual stream: what a linear layer gave, None where it was added
+already, and the stream before it."""
+
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q [tokens, heads, head_dim], k_cache, v_cache [num_slots, kv_heads, head_dim]) -> like q."""
 
@@ -107,24 +114,32 @@ class DecoderLayer:
             return skinny_linear(x, weight, bias)
         return lora_linear(x, weight, bias, lora.get(name))
 
-    def norm(self, x: Tensor, residual: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def onto(self, name: str, x: Tensor, residual: Tensor, lora: LayerLora, may_write: bool) -> Stream:
+        """A linear layer whose output goes onto the residual stream, by the product itself where that is faster."""
+        narrow = x.dtype != torch.float32 and len(x) >= ADDING_ROWS
+        if not may_write or not narrow or name in lora or name in self.biases:
+            return self.linear(name, x, lora), residual
+        return None, residual.addmm_(x, self.weights[name].T)
+
+    def norm(self, x: Tensor | None, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The normalized residual stream, and the stream itself with x added to it."""
         eps = self.config.rms_norm_eps
-        return (rms_norm(x, weight, eps), x) if residual is None else add_rms_norm(x, residual, weight, eps)
+        return (rms_norm(residual, weight, eps), residual) if x is None else add_rms_norm(x, residual, weight, eps)
 
-    def qkv(self, x: Tensor, residual: Tensor | None, lora: LayerLora) -> tuple[Tensor, Tensor]:
+    def qkv(self, x: Tensor | None, residual: Tensor, lora: LayerLora) -> tuple[Tensor, Tensor]:
         """qkv_proj behind its norm, and the residual stream."""
         weight = self.weights["qkv_proj"]
-        if "qkv_proj" not in lora and can_skinny(x, weight):
+        if "qkv_proj" not in lora and can_skinny(residual, weight):
             eps, bias = self.config.rms_norm_eps, self.biases.get("qkv_proj")
-            return norm_linear(x, residual, self.input_norm, eps, weight, bias)
+            first, second = (residual, None) if x is None else (x, residual)
+            return norm_linear(first, second, self.input_norm, eps, weight, bias)
         normed, residual = self.norm(x, residual, self.input_norm)
         return self.linear("qkv_proj", normed, lora), residual
 
-    def gated(self, x: Tensor, residual: Tensor, lora: LayerLora) -> tuple[Tensor, Tensor]:
+    def gated(self, x: Tensor | None, residual: Tensor, lora: LayerLora) -> tuple[Tensor, Tensor]:
         """SwiGLU of gate_up_proj behind its norm, and the residual stream."""
         weight = self.weights["gate_up_proj"]
-        if "gate_up_proj" not in lora and can_skinny(x, weight):
+        if x is not None and "gate_up_proj" not in lora and can_skinny(x, weight):
             return norm_linear_swiglu(x, residual, self.post_attention_norm, self.config.rms_norm_eps, weight)
         normed, residual = self.norm(x, residual, self.post_attention_norm)
         adapter = lora.get("gate_up_proj")
@@ -135,8 +150,8 @@ class DecoderLayer:
 
     def forward(
         self,
-        x: Tensor,
-        residual: Tensor | None,
+        x: Tensor | None,
+        residual: Tensor,
         lora: LayerLora,
         attention: Attention,
         table: Tensor,
@@ -144,14 +159,22 @@ class DecoderLayer:
         k_cache: Tensor,
         v_cache: Tensor,
         slots: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """x [tokens, hidden] still to be added to residual (None: x is the residual stream); returns both anew."""
+        first: bool,
+        last: bool,
+    ) -> Stream:
+        """The residual stream behind the layer.
+
+        Args:
+            x, residual: the stream before it.
+            first, last: of a stage. The first does not write what it is given, the last leaves x to be added.
+        """
         eps = self.config.rms_norm_eps
         qkv, residual = self.qkv(x, residual, lora)
         q = qk_norm_rope_write(qkv, self.q_norm, self.k_norm, eps, table, positions, k_cache, v_cache, slots)
         attended = attention(q, k_cache, v_cache).flatten(1)
-        gated, residual = self.gated(self.linear("o_proj", attended, lora), residual, lora)
-        return self.linear("down_proj", gated, lora), residual
+        x, residual = self.onto("o_proj", attended, residual, lora, not first)
+        gated, residual = self.gated(x, residual, lora)
+        return self.onto("down_proj", gated, residual, lora, not last)
 
 
 class StageModel:
@@ -251,14 +274,14 @@ class StageModel:
             x and residual, both [tokens, hidden]; their sum is the residual stream behind the last layer. They are
             apart so that the norm that follows can add them.
         """
-        residual: Tensor | None = None
+        x: Tensor | None = None
+        residual, last = hidden, len(self.decoder_layers) - 1
         for place, (index, layer) in enumerate(zip(self.layers, self.decoder_layers, strict=True)):
             k_cache, v_cache = kv_cache[place].unbind(0)
-            hidden, residual = layer.forward(
-                hidden, residual, lora.get(index, {}), attention, self.rope, positions, k_cache, v_cache, slots
-            )
-        assert residual is not None
-        return hidden, residual
+            inputs = (attention, self.rope, positions, k_cache, v_cache, slots)
+            x, residual = layer.forward(x, residual, lora.get(index, {}), *inputs, place == 0, place == last)
+        assert x is not None
+        return x, residual
 
     def forward(
         self,

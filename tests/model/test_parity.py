@@ -13,6 +13,7 @@ import torch
 from ember_ray.engine.llm import LLM
 from ember_ray.engine.options import EngineOptions
 from ember_ray.engine.sampling_params import SamplingParams
+from ember_ray.model import qwen3
 from ember_ray.model.lora import load_peft_adapter
 from tests.support.peft_adapters import make_adapter
 from tests.support.qwen3 import all_logits, make_qwen3, random_prompts, stage_model
@@ -72,6 +73,24 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 @torch.no_grad()
 def reference(network: Any, tokens: tuple[int, ...]) -> torch.Tensor:
     return network(torch.tensor([tokens])).logits[0]
+
+
+def test_products_that_add_to_the_residual_stream_round_no_worse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_qwen3(tmp_path, seed=5, num_hidden_layers=4)
+    tokens = random_prompts([60], seed=6)[0]
+    errors = []
+    exact = all_logits(stage_model(tmp_path)[1], tokens)
+    for rows in (len(tokens) + 1, len(tokens)):
+        monkeypatch.setattr(qwen3, "ADDING_ROWS", rows)
+        _, model = stage_model(tmp_path, dtype=torch.bfloat16)
+        embed, given = model.embed, []
+        monkeypatch.setattr(model, "embed", lambda ids, embed=embed, given=given: given.append(embed(ids)) or given[-1])
+        errors.append((all_logits(model, tokens).float() - exact).pow(2).mean().sqrt().item())
+        assert torch.equal(given[0], embed(torch.tensor(tokens))), "the stage's input was written"
+    apart, added = errors
+    assert 0 < added < 1.1 * apart and added != apart
 
 
 @pytest.mark.parametrize("name", SHAPES)
