@@ -178,8 +178,9 @@ class DecodeArrays:
         return DecodeArrays(storage, capacity, self.block_size, self.heads_per_kv_head, self.split_tokens)
 
     def to(self, device: str | torch.device) -> DecodeGroups:
-        """On a device, in one copy."""
-        storage = torch.from_numpy(self.storage).to(device)
+        """On a device, in one copy, which the host does not wait for."""
+        host = torch.from_numpy(self.storage)
+        storage = (host.pin_memory() if torch.device(device).type == "cuda" else host).to(device, non_blocking=True)
         counted = self.capacity.rows if self.split_tokens == FEW_ROWS_SPLIT_TOKENS else 0
         return DecodeGroups(
             **_cut(storage, self.capacity),

@@ -17,6 +17,7 @@ from torch import Tensor
 from cuda_ext.decode_attention import group_decode_attention
 from cuda_ext.decode_state import RowParams, SlotState, sample_rows
 from cuda_ext.prefill_attention import prefill_attention
+from ember_ray.engine.decode_buffers import split_tokens
 from ember_ray.engine.options import EngineOptions
 from ember_ray.engine.scheduler import StepPlan
 from ember_ray.engine.slot_table import SlotTable
@@ -82,6 +83,7 @@ class EagerRunner:
         if stop_check is not None:
             self._slots = SlotTable(options.max_num_seqs, stop_check)
             self._state = SlotState.zeros(options.max_num_seqs, options.device)
+        self._split = split_tokens(options.max_num_seqs, options.block_size)
         self._steps = 0
         self._clock = StepClock(options.device)
         self.timings: dict[str, float] = {}
@@ -89,7 +91,8 @@ class EagerRunner:
     def run(self, plan: StepPlan) -> _Pending:
         """Computes this stage's part of a step."""
         self._clock.starts()
-        inputs = build_step_inputs(plan, self._options.block_size, self._model.config.share, self._options.device)
+        options, share = self._options, self._model.config.share
+        inputs = build_step_inputs(plan, options.block_size, share, options.device, self._split)
         incoming = self._incoming(inputs)
         self._clock.mark()
         hidden = self._layers(inputs, incoming)

@@ -83,11 +83,14 @@ def decode_group_arrays(
     )
 
 
-def build_step_inputs(plan: StepPlan, block_size: int, share: int, device: str) -> StepInputs:
+def build_step_inputs(
+    plan: StepPlan, block_size: int, share: int, device: str, split_tokens: int = SPLIT_TOKENS
+) -> StepInputs:
     """Builds the inputs of a planned step (on CPU arrays, then moved to the device in one go each).
 
     Args:
         share: query heads of a KV head.
+        split_tokens: tokens of a piece of decode attention's work.
     """
     decodes = plan.decodes
     token_ids = [sequence.token_ids[-1] for sequence in decodes]
@@ -131,7 +134,8 @@ def build_step_inputs(plan: StepPlan, block_size: int, share: int, device: str) 
         end = add_chunk(sequence.token_ids[piece.first : piece.last], len(prompt) + piece.first, context)
         if piece.last == len(sequence.token_ids):
             hidden_rows.append(end)
-    grouped = decode_group_arrays(decodes, block_size, share, plan.counts[: len(decodes)]) if decodes else None
+    counts = plan.counts[: len(decodes)]
+    grouped = decode_group_arrays(decodes, block_size, share, counts, split_tokens) if decodes else None
     tensors = upload(
         {
             "token_ids": np.array(token_ids, dtype=np.int64),
