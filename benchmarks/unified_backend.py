@@ -109,18 +109,24 @@ class Cell:
 
     def close(self) -> None:
         """Ends both processes and waits for them."""
-        for pool in (self.engine, self.learner):
-            pool.shutdown()
+        for pool in (self.learner, self.engine):
+            pool.shutdown(cancel_futures=True)
+
+    def _say(self, what: str) -> None:
+        print(f"{self.name}: {what} {time.monotonic() - self._begun:.1f} s", file=sys.stderr, flush=True)
 
     def measure(self, model: Path, options: argparse.Namespace) -> dict[str, Any]:
         """Everything of a row but what all rows have."""
+        self._begun = time.monotonic()
         for ready in self._ready:
             ready.result()
+        self._say("imported")
         self._model, self._options, self._version = str(model), options, 0
         self._looks: list[float] = []
         vocab = read_model_config(model).vocab_size
         work, alone = options.work, options.alone
         engine = self.engine.submit(there.start_engine, self._engine_options()).result()
+        self._say("engine loaded")
         learner = self.learner.submit(
             there.start_learner, self._model, engine["handles"] if self.name.startswith("unified") else None,
             options.dtype, options.device, options.rank, options.batch, -(-work[0] * work[1] // options.batch), work[3],
@@ -130,8 +136,10 @@ class Cell:
                 there.make_buckets, options.dtype, BUCKET_BYTES if options.device != "cpu" else 2**20
             ).result()
         loaded = self._memory()
+        self._say("loaded")
         rounds = [self._round(number, vocab) for number in range(options.rounds + 1)]
         first, rounds = rounds[0], rounds[1:]
+        self._say("learnt")
         row: dict[str, Any] = {
             "base_gb": engine["base"],
             "kv_gb": engine["kv"],
@@ -154,6 +162,7 @@ class Cell:
         row["engine_loaded_gb"], row["learner_loaded_gb"] = loaded["engine"]["now"], learner["memory"]["now"]
         row["peak_gb"] = peak["engine"]["peak"] + peak["learner"]["peak"]
         row["gpu_peak_gb"] = max(self._looks)
+        self._say("measured")
         now = self.engine.submit(there.rollout, _prompts(work, 999, vocab), work[1], work[3], 999).result()
         row["mismatch"] = self.learner.submit(there.mismatch, now["groups"]).result()
         row["moved"] = self.learner.submit(there.mismatch, first["groups"]).result()
@@ -267,7 +276,8 @@ def main(given: Sequence[str] | None = None) -> int:
     failed = []
     with tempfile.TemporaryDirectory() as folder:
         model = write_model_folder(Path(folder), options.shape)
-        cells = [Cell(name) for name in todo[:2]]
+        ahead = 2 if options.device == "cpu" else len(todo)  # to import takes long, and has cores enough
+        cells = [Cell(name) for name in todo[:ahead]]
         for place, name in enumerate(todo):
             cell = cells.pop(0)
             try:
@@ -284,8 +294,8 @@ def main(given: Sequence[str] | None = None) -> int:
                 traceback.print_exc()
                 failed.append(name)
             cell.close()
-            if place + 2 < len(todo):
-                cells.append(Cell(todo[place + 2]))
+            if place + ahead < len(todo):
+                cells.append(Cell(todo[place + ahead]))
     if output.exists():
         write_figure(read_jsonl(output), output.with_suffix(".svg"))
     if failed:
