@@ -82,20 +82,20 @@ def test_rewards_of_own_weights_have_their_own_scale(tmp_path: Path) -> None:
 
 def test_columns_that_a_reward_function_needs_are_missed_before_anything_starts(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("def judged(completions, rubric, **kwargs): return [0.5 for _ in completions]\n")
-    rows = [{"prompt": f"a is {n}", "gold": {"a": n}} for n in range(4)]
     functions = {f"{tmp_path}/mine.py:judged": 1.0}
-    data = {"train": str(tmp_path / "rows.jsonl"), "eval_prompts": 1}
+    data = {"train": str(tmp_path / "train.jsonl"), "eval": str(tmp_path / "eval.jsonl")}
     config = DpoExtractConfig.model_validate({"data": data, "reward": {"functions": functions}})
 
-    def write(*more: dict[str, str]) -> None:
-        lines = [json.dumps(row | extra) for row, extra in zip(rows, more, strict=True)]
-        (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    def planned(**columns: dict[str, str]) -> str:
+        for name, more in columns.items():
+            rows = [{"prompt": f"a is {n}", "gold": {"a": n}, **more} for n in range(2)]
+            (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return plan(config, DPO)
 
-    write(*[{}] * 4)
-    with pytest.raises(UserError, match="no held-out row has a column 'rubric'|no training row has a column 'rubric'"):
-        plan(config, DPO)
-    write(*[{"rubric": "strict"}] * 4)
-    assert "pairs a round" in plan(config, DPO)
+    for lacking, given, name in (("train", "eval", "training"), ("eval", "train", "held-out")):
+        with pytest.raises(UserError, match=f"no {name} row has a column 'rubric'"):
+            planned(**{lacking: {}, given: {"rubric": "strict"}})
+    assert "pairs a round" in planned(train={"rubric": "strict"}, eval={"rubric": "strict"})
     with pytest.raises(UserError, match="reward.functions: no reward function|cannot be loaded"):
         plan(
             config.model_copy(update={"reward": config.reward.model_copy(update={"functions": {"no:such": 1.0}})}), DPO
