@@ -62,7 +62,9 @@ def test_is_cut_where_the_engine_is_cut(model, rounds, gpus):
     """Two stages on two GPUs: the same losses as on one, and no copy of the base on either."""
     if len(gpus) < 2:
         pytest.skip("needs two GPUs")
-    with process(gpus[0]) as first, process(gpus[1]) as second, process(",".join(gpus[:2])) as learner:
+    both = ",".join(gpus[:2])
+    with process(gpus[0]) as first, process(gpus[1]) as second, process(both) as learner, process(gpus[0]) as alone:
+        one = alone.submit(there.learn, model, None, rounds, "float32")
         halves = [
             owner.submit(there.load, model, (4, 4), (stage,), "float32", "cuda")
             for stage, owner in enumerate((first, second))
@@ -70,8 +72,7 @@ def test_is_cut_where_the_engine_is_cut(model, rounds, gpus):
         handles = [half.result()[0] for half in halves]
         sizes = [sum(torch.Size(h.shape).numel() * h.dtype.itemsize for h in half.values()) for half in handles]
         found = learner.submit(there.learn, model, handles, rounds, "float32").result()
-        with process(gpus[0]) as alone:
-            expected = alone.submit(there.learn, model, None, rounds, "float32").result()
+        expected = one.result()
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     assert all(
         torch.allclose(tensor, found["adapter"][name], atol=1e-5) for name, tensor in expected["adapter"].items()
