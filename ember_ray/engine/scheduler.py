@@ -301,9 +301,11 @@ class Scheduler:
             count = min(plan.num_steps, sequence.max_tokens - length)
             if not length or not count:  # has no token to feed, or all it may have are on the way
                 continue
-            if not self._grow(sequence, length + count - 1):
-                break
-            if sequence.group.prompt_done and length - sequence.num_computed == 1:
+            # most need no new block: this loop is what a step costs the host
+            if self.blocks_for(length + count - 1) > len(sequence.block_table):
+                if not self._grow(sequence, length + count - 1):
+                    break
+            if length - sequence.num_computed == 1 and sequence.group.prompt_done:
                 plan.decodes.append(sequence)
                 plan.counts.append(count)
                 sequence.num_computed += count
@@ -316,8 +318,10 @@ class Scheduler:
         for sequence in self.running[plan.lane]:
             # what it feeds next is no suffix: a decode takes that
             first, length = sequence.num_computed, len(sequence.token_ids)
+            if first >= length or budget <= 0 or not sequence.group.prompt_done:
+                continue
             last = min(length, first + budget)
-            if sequence.group.prompt_done and first < last and not sequence.num_pending and not self._decodes(sequence):
+            if not sequence.num_pending and not self._decodes(sequence):
                 plan.suffix_chunks.append(SuffixChunk(sequence, first, last))
                 sequence.num_computed = last
                 self.recomputed_tokens += last - first
