@@ -12,7 +12,8 @@ Sources:
   file   a PEFT folder with bf16 safetensors, in the page cache: it is read, and its configuration, in every repetition
 
 Keys that need a word:
-  commit_ms    of ms, the switch alone: what a running batch would wait for when the adapter is staged beside it
+  commit_ms    the switch alone, between two versions that are held: what a running batch would wait for when the
+               adapter is staged beside it
   pack_ms      (gpu) the learner's side: its float32 tensors written into the flat tensor, with checksums, by GPU events
   wall_ms      as ms by the host's clock, until the device has ended
   adapter_mb   of the adapter in the serving dtype, in 10^6 bytes
@@ -158,22 +159,22 @@ class Swaps:
             if source == "host":
                 packed = [dataclasses.replace(one, flat=_on_host(one.flat)) for one in packed]
             makers = [lambda version, one=one: dataclasses.replace(one, version=version) for one in packed]  # type: ignore[misc]
-        times, commits, walls = [], [], []
+        times, walls = [], []
         for repetition in range(WARM_UPS + self.options.repetitions):
             self._version += 1
             make = makers[repetition % 2]
+            update = None if source == "file" else make(self._version)
             synchronize(device)
             begin = time.perf_counter()
             first = self.clock.mark()
-            self.engine.stage_adapter(make(self._version))
-            between = self.clock.mark()
+            self.engine.stage_adapter(make(self._version) if update is None else update)
             self.engine.commit_adapter(self._version)
             last = self.clock.mark()
             synchronize(device)
             if repetition >= WARM_UPS:
                 walls.append(1e3 * (time.perf_counter() - begin))
                 times.append(self.clock.between(first, last))
-                commits.append(self.clock.between(between, last))
+        commits = self._time_commits()
         self._check(packed[(WARM_UPS + self.options.repetitions - 1) % 2])
         self._check_guards(packed[0], source)
         moved = self._least_bytes(packed[0].layout.numel, names)
@@ -190,6 +191,18 @@ class Swaps:
             "floor_ms": 1e3 * moved / (self.options.copy_bandwidth * 1e12),
             "repetitions": len(times),
         }
+
+    def _time_commits(self) -> list[float]:
+        """Switches between the two last versions; the last one serves in the end."""
+        times = []
+        for repetition in range(2 * WARM_UPS + self.options.repetitions // 2 * 2):
+            synchronize(self.options.device)
+            first = self.clock.mark()
+            self.engine.commit_adapter(self._version - 1 + repetition % 2)
+            last = self.clock.mark()
+            synchronize(self.options.device)
+            times.append(self.clock.between(first, last))
+        return times[2 * WARM_UPS :]
 
     def _time_packing(self, packers: list[AdapterPacker]) -> float:
         out, times = torch.zeros_like(packers[0].pack(1).flat), []

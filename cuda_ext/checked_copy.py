@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,6 +60,16 @@ def checked_copy(to: Tensor, base: Tensor | None, table: Tensor, dtype: torch.dt
     if len(table):
         launch("checked_copy", to, base, table, len(table), seen, dtype, to.dtype)
     return seen
+
+
+def on_host(seen: Tensor) -> np.ndarray:
+    """What a copy has seen, [pieces, 2] int64 on the host; waits for the current stream."""
+    if not seen.is_cuda:
+        return seen.numpy()
+    host = torch.empty(seen.shape, dtype=seen.dtype, pin_memory=True)
+    host.copy_(seen, non_blocking=True)
+    torch.cuda.current_stream().synchronize()
+    return host.numpy()
 
 
 def checked_copy_reference(to: Tensor, base: Tensor, table: Tensor) -> Tensor:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from cuda_ext import library
+from cuda_ext.lora import FusedLora
 from cuda_ext.swiglu import swiglu
+from cuda_ext.swiglu_lora import swiglu_lora
 
 TILES = (128, 160, 192)
 """Tokens that a block of the kernel can take at a time."""
@@ -62,8 +64,53 @@ def linear_swiglu(x: Tensor, gate_up_weight: Tensor) -> Tensor:
     out = x.new_empty(tokens, ffn)
     tiling = best_tiling(tokens, ffn, _multiprocessors(x.device.index))
     along = int(tiling.along_tokens)
-    library.launch("linear_swiglu", x, gate_up_weight, out, tokens, ffn, width, tiling.tile, along, x.dtype)
+    shapes = (tokens, ffn, width)
+    library.launch("linear_swiglu", x, gate_up_weight, out, *shapes, None, 0, None, 0, tiling.tile, along, x.dtype)
     return out
+
+
+def linear_swiglu_lora(x: Tensor, gate_up_weight: Tensor, lora: FusedLora) -> Tensor:
+    """:func:`linear_swiglu` with an adapter beside gate, up or both.
+
+    The kernel takes it as more of the inner dimension, ``[x | s x A^T] [W | B]^T``; ``s x A^T`` and the result are
+    rounded.
+
+    Args:
+        x: [tokens, in].
+        gate_up_weight: [2 * ffn, in] in x's dtype, the gate's rows first.
+        lora: the parts of gate, up or both.
+
+    Returns:
+        [tokens, ffn].
+    """
+    if not (fits(x, gate_up_weight) and _takes(lora, gate_up_weight.shape[0] // 2)):
+        linear = torch.nn.functional.linear
+        return swiglu_lora(linear(x, gate_up_weight), linear(x, lora.a), lora)
+    (tokens, width), ffn, ranks = x.shape, gate_up_weight.shape[0] // 2, lora.a.shape[0]
+    down, out = x.new_empty(tokens, ranks), x.new_empty(tokens, ffn)
+    down.addmm_(x, lora.a.t(), beta=0, alpha=lora.parts[0].scale)
+    tiling = best_tiling(tokens, ffn, _multiprocessors(x.device.index))
+    library.launch(
+        "linear_swiglu",
+        *(x, gate_up_weight, out, tokens, ffn, width, down, ranks, lora.part_structs, len(lora.parts)),
+        *(tiling.tile, int(tiling.along_tokens), x.dtype),
+    )
+    return out
+
+
+def _takes(lora: FusedLora, ffn: int) -> bool:
+    """Whether the kernel takes an adapter: whole halves, one scale, ranks that the copy engine can step by."""
+    return (
+        len({part.scale for part in lora.parts}) == 1
+        and lora.a.shape[0] % 8 == 0
+        and all(
+            part.first_row in (0, ffn)
+            and part.last_row == part.first_row + ffn
+            and part.b.shape[1] % 8 == 0
+            and part.b.data_ptr() % 16 == 0
+            for part in lora.parts
+        )
+    )
 
 
 def linear_swiglu_reference(x: Tensor, gate_up_weight: Tensor) -> Tensor:

@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 
 from cuda_ext.library import launch
+from cuda_ext.lora_shrink import lora_shrink
+
+FIRST_ROWS = 1024
+"""Rows of x from which an adapter's share of y is computed before the product with the weight."""
 
 MAX_PARTS = 3
 MAX_RANK = 256
@@ -63,6 +67,11 @@ class FusedLora:
         """Whether there are no more parts and ranks than the kernels take."""
         return len(self.parts) <= MAX_PARTS and all(part.b.shape[1] <= MAX_RANK for part in self.parts)
 
+    def covers(self, rows: int) -> bool:
+        """Whether every one of so many rows of the fused output belongs to a part."""
+        ends = [0, *(part.last_row for part in self.parts)]
+        return ends[-1] == rows and all(part.first_row == end for part, end in zip(self.parts, ends, strict=False))
+
     @cached_property
     def part_structs(self) -> ctypes.Array[PartStruct]:
         """The parts as the kernels take them; the tensors may change their values, but not their place.
@@ -94,13 +103,22 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: FusedLora 
     Returns:
         [tokens, out].
     """
+    if lora is not None and bias is None and _adapter_first(x, lora) and lora.covers(weight.shape[0]):
+        y = x.new_empty(x.shape[0], weight.shape[0])
+        lora_expand(y, lora_shrink(x, lora.a), lora, add=False)
+        return y.addmm_(x, weight.t())
     y = torch.nn.functional.linear(x, weight, bias)
     if lora is not None:
-        lora_expand(y, torch.nn.functional.linear(x, lora.a), lora)
+        lora_expand(y, lora_shrink(x, lora.a), lora)
     return y
 
 
-def lora_expand(y: Tensor, down: Tensor, lora: FusedLora) -> None:
+def _adapter_first(x: Tensor, lora: FusedLora) -> bool:
+    """Whether the product with the weight had better add to the adapter's share: that hides a pass over y behind it."""
+    return x.is_cuda and x.shape[0] >= FIRST_ROWS and lora.fits_kernels
+
+
+def lora_expand(y: Tensor, down: Tensor, lora: FusedLora, *, add: bool = True) -> None:
     """``y[:, rows of a part] += s * down[:, ranks of the part] @ B^T``, in place, for all parts.
 
     On the GPU all parts are one kernel, which sums over the ranks in float32 and rounds once.
@@ -108,9 +126,10 @@ def lora_expand(y: Tensor, down: Tensor, lora: FusedLora) -> None:
     Args:
         y: [tokens, out]; rows may lie apart.
         down: ``x A^T``, [tokens, sum of r] in y's dtype; rows may lie apart.
+        add: False overwrites what is in those columns of y instead of adding to it.
     """
     if not (y.is_cuda and lora.fits_kernels):
-        return lora_expand_reference(y, down, lora)
+        return lora_expand_reference(y, down, lora, add=add)
     tokens, width = y.shape
     ranks = lora.a.shape[0]
     if down.shape != (tokens, ranks) or down.dtype != y.dtype or lora.a.dtype != y.dtype:
@@ -124,13 +143,13 @@ def lora_expand(y: Tensor, down: Tensor, lora: FusedLora) -> None:
         launch(
             "lora_expand",
             *(y, y.stride(0), tokens, down, down.stride(0)),
-            *(lora.part_structs, len(lora.parts), y.dtype),
+            *(lora.part_structs, len(lora.parts), int(add), y.dtype),
         )
 
 
-def lora_expand_reference(y: Tensor, down: Tensor, lora: FusedLora) -> None:
+def lora_expand_reference(y: Tensor, down: Tensor, lora: FusedLora, *, add: bool = True) -> None:
     """:func:`lora_expand` in plain torch, on any device."""
     for part in lora.parts:
         y[:, part.first_row : part.last_row].addmm_(
-            down[:, part.first_rank : part.last_rank], part.b.t(), alpha=part.scale
+            down[:, part.first_rank : part.last_rank], part.b.t(), beta=int(add), alpha=part.scale
         )

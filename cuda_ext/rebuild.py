@@ -11,7 +11,9 @@ from cuda_ext.library import launch
 from cuda_ext.lora import FusedLora
 
 
-def rebuild_weight(live: Tensor, golden: Tensor, lora: FusedLora | None, *, more: bool = False) -> None:
+def rebuild_weight(
+    live: Tensor, golden: Tensor, lora: FusedLora | None, *, more: bool = False, after: bool = False
+) -> None:
     """``live = golden + s B A`` (Hu et al. 2021, section 4.1), B and A per projection of a fused weight, in place.
 
     Rows that no part covers, or all where there is no adapter, become golden's to the bit. On the GPU all parts are
@@ -23,6 +25,7 @@ def rebuild_weight(live: Tensor, golden: Tensor, lora: FusedLora | None, *, more
         lora: the adapter of this fused layer, in live's dtype.
         more: promises that the next work on this stream is a rebuild of another weight, which may then start early on
             the GPU; nothing else may, because kernels read weights before their predecessor has ended.
+        after: promises that the last work on this stream was a rebuild of another weight with ``more``.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, or golden is live itself.
@@ -54,7 +57,7 @@ def rebuild_weight(live: Tensor, golden: Tensor, lora: FusedLora | None, *, more
     rows, columns = live.shape
     launch(
         "rebuild_weight",
-        *(live, golden, rows, columns, lora.a, lora.part_structs, len(lora.parts), int(more), live.dtype),
+        *(live, golden, rows, columns, lora.a, lora.part_structs, len(lora.parts), int(more), int(after), live.dtype),
     )
 
 

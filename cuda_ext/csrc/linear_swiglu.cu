@@ -7,9 +7,14 @@
 // neighbours along the tokens (the faster way), else the tokens. One thread of a block asks for the copies; two
 // warpgroups compute half of the columns each. They run up to the ring's length apart, so that one multiplies while the
 // other gates and writes.
+//
+// An adapter beside the projection is a longer inner dimension, [x | down] . [W | B]^T with down = s x A^T: behind the
+// stages of x and W the ring gets those of down and B. Of B a stage has the ranks of gate and of up in their own
+// columns; all others are outside of the tensor, and the copy engine writes zeros there.
 #include "hopper.cuh"
 #include "hopper_host.cuh"
 #include "hopper_products.cuh"
+#include "low_rank.cuh"
 
 namespace ember::gated {
 
@@ -32,8 +37,14 @@ struct alignas(1024) Shared {
 
 struct Params {
   CUtensorMap w_map, x_map, out_map;  // [2, ffn, in], [tokens, in], [tokens, ffn]
+  CUtensorMap b_map[2], down_map;     // of gate and up [ffn, rank]; [tokens, ranks]
   int across, along, blocks;  // clusters' places along the tokens and the output's columns; stages along `in`
+  int all_blocks;             // and those of an adapter
+  int first_rank[2];          // of gate and up in down
 };
+
+// Far outside of any tensor: zeros are what comes.
+constexpr int kNowhere = 1 << 20;
 
 // The tile of a block: its first token and column. So many tokens stay in the L2 cache while all weights go by.
 template <int N, bool kAlongTokens>
@@ -65,12 +76,22 @@ __device__ __forceinline__ void produce(const Params& params, Shared<N>& shared)
   Place<kStages<N>> place;
   for (int i = blockIdx.x / kCluster; i < params.across * params.along; i += gridDim.x / kCluster) {
     const Item<N, kAlongTokens> item(params, i);
-    for (int block = 0; block < params.blocks; ++block) {
+    for (int block = 0; block < params.all_blocks; ++block) {
       uint64_t* const full = &shared.full[place.stage];
       barrier_wait(&shared.empty[place.stage], place.parity ^ 1);  // in both blocks
       barrier_expect(full, (2 * kRows + N) * kDepth * 2);
       uint8_t *const w = shared.w[place.stage], *const x = shared.x[place.stage];
-      if (kAlongTokens) {  // one gives the gate to both, the other up
+      const int rank_place = (block - params.blocks) * kDepth;
+      if (rank_place >= 0 && kAlongTokens) {
+        load_box<kCluster>(w + rank * kRows * 128, params.b_map[rank], full, rank_place - params.first_rank[rank],
+                           item.column, 0);
+        load_box<1>(x, params.down_map, full, rank_place, item.token, 0);
+      } else if (rank_place >= 0) {
+        for (int i = 0; i < 2; ++i)
+          load_box<1>(w + i * kRows * 128, params.b_map[i], full, rank_place - params.first_rank[i], item.column, 0);
+        load_box<kCluster>(x + rank * (N / kCluster) * 128, params.down_map, full, rank_place,
+                           item.token + rank * (N / kCluster), 0);
+      } else if (kAlongTokens) {  // one gives the gate to both, the other up
         load_box<kCluster>(w + rank * kRows * 128, params.w_map, full, block * kDepth, item.column, rank);
         load_box<1>(x, params.x_map, full, block * kDepth, item.token, 0);
       } else {
@@ -109,7 +130,7 @@ __device__ __forceinline__ void consume(const Params& params, Shared<N>& shared)
     const Item<N, kAlongTokens> item(params, i);
     int before = 0;  // the stage whose products may still run
 #pragma unroll 1
-    for (int block = 0; block < params.blocks; ++block) {
+    for (int block = 0; block < params.all_blocks; ++block) {
       barrier_wait(&shared.full[place.stage], place.parity);
       matrix_fence();
 #pragma unroll
@@ -185,38 +206,66 @@ __global__ void __launch_bounds__(kThreads, 1) linear_swiglu_kernel(const __grid
 #endif
 }
 
+// As the C function takes them.
+struct Arguments {
+  const void *x, *weight;
+  void* out;
+  int64_t tokens, ffn, in, dtype;
+  const void* down;
+  int64_t ranks;
+  const LoraPart* parts;
+  int64_t num_parts;
+};
+
+bool describe_adapter(Params& params, const Arguments& args, int down_rows) {
+  const auto [x, weight, out, tokens, ffn, in, dtype, down, ranks, parts, num_parts] = args;
+  params.first_rank[0] = params.first_rank[1] = kNowhere;
+  for (int64_t i = 0; i < num_parts; ++i) {
+    const LoraPart& part = parts[i];
+    const bool is_up = part.first_row != 0;
+    params.first_rank[is_up] = (int)part.first_rank;
+    for (int map = 0; map < 2; ++map) {  // where the other one has no adapter, any map will do
+      if (map != is_up && num_parts == 2) continue;
+      if (!describe(&params.b_map[map], part.b, dtype, {part.rank, ffn, 1}, {part.rank, part.rank * ffn},
+                    {kDepth, kRows, 1}))
+        return false;
+    }
+  }
+  return num_parts == 0 || describe(&params.down_map, down, dtype, {ranks, tokens, 1}, {ranks, ranks * tokens},
+                                    {kDepth, down_rows, 1});
+}
+
 template <class T, int N, bool kAlongTokens>
-int run(const void* x, const void* weight, void* out, int64_t tokens, int64_t ffn, int64_t in, int64_t dtype,
-        cudaStream_t stream) {
+int run(const Arguments& args, cudaStream_t stream) {
+  const auto [x, weight, out, tokens, ffn, in, dtype, down, ranks, parts, num_parts] = args;
   static_assert(sizeof(Shared<N>) + 1024 <= 227 * 1024, "more than a multiprocessor has");
   Params params;
   if (!describe(&params.w_map, weight, dtype, {in, ffn, 2}, {in, in * ffn}, {kDepth, kRows, kAlongTokens ? 1 : 2}) ||
       !describe(&params.x_map, x, dtype, {in, tokens, 1}, {in, in * tokens},
                 {kDepth, kAlongTokens ? N : N / kCluster, 1}) ||
-      !describe(&params.out_map, out, dtype, {ffn, tokens, 1}, {ffn, ffn * tokens}, {64, kChunk, 1}))
-    return fail("x, the weight or the result cannot be described to the copy engine: is each aligned to 16 bytes?");
+      !describe(&params.out_map, out, dtype, {ffn, tokens, 1}, {ffn, ffn * tokens}, {64, kChunk, 1}) ||
+      !describe_adapter(params, args, kAlongTokens ? N : N / kCluster))
+    return fail("x, the weight, the adapter or the result cannot be described to the copy engine: is each aligned to 16 bytes?");
   const int tiles = (int)((tokens + N - 1) / N), columns = (int)(ffn / kRows);
   params.across = kAlongTokens ? (tiles + kCluster - 1) / kCluster : tiles;
   params.along = kAlongTokens ? columns : columns / kCluster;
   params.blocks = (int)(in / kDepth);
+  params.all_blocks = params.blocks + (num_parts ? (int)ceil_div(ranks, kDepth) : 0);
   const int clusters = min(device_info().multiprocessors / kCluster, params.across * params.along);
   return launch_clusters(kCluster, linear_swiglu_kernel<T, N, kAlongTokens>, dim3(clusters * kCluster), dim3(kThreads),
                          sizeof(Shared<N>) + 1024, stream, params);
 }
 
 template <class T, int N>
-int run(const void* x, const void* weight, void* out, int64_t tokens, int64_t ffn, int64_t in, bool along_tokens,
-        int64_t dtype, cudaStream_t stream) {
-  return along_tokens ? run<T, N, true>(x, weight, out, tokens, ffn, in, dtype, stream)
-                      : run<T, N, false>(x, weight, out, tokens, ffn, in, dtype, stream);
+int run(const Arguments& args, bool along_tokens, cudaStream_t stream) {
+  return along_tokens ? run<T, N, true>(args, stream) : run<T, N, false>(args, stream);
 }
 
 template <class T>
-int run(const void* x, const void* weight, void* out, int64_t tokens, int64_t ffn, int64_t in, int64_t tile,
-        bool along_tokens, int64_t dtype, cudaStream_t stream) {
-  if (tile == 128) return run<T, 128>(x, weight, out, tokens, ffn, in, along_tokens, dtype, stream);
-  if (tile == 160) return run<T, 160>(x, weight, out, tokens, ffn, in, along_tokens, dtype, stream);
-  if (tile == 192) return run<T, 192>(x, weight, out, tokens, ffn, in, along_tokens, dtype, stream);
+int run(const Arguments& args, int64_t tile, bool along_tokens, cudaStream_t stream) {
+  if (tile == 128) return run<T, 128>(args, along_tokens, stream);
+  if (tile == 160) return run<T, 160>(args, along_tokens, stream);
+  if (tile == 192) return run<T, 192>(args, along_tokens, stream);
   return fail("there are tiles of 128, 160 and 192 tokens, not %lld", (long long)tile);
 }
 
@@ -224,16 +273,25 @@ int run(const void* x, const void* weight, void* out, int64_t tokens, int64_t ff
 
 // x [tokens, in], weight [2 * ffn, in] with the gate's rows first, out [tokens, ffn]; all contiguous. ffn is a multiple
 // of 256 and in of 64. tile: tokens that a block takes at a time; along_tokens: whether the two blocks of a cluster lie
-// beside each other along the tokens.
+// beside each other along the tokens. An adapter: down [tokens, ranks], which has its scale in it, and a part for all of
+// gate, all of up or both, in this order; ranks and those of the parts are multiples of 8. Without one there are no parts.
 EMBER_API int ember_linear_swiglu(const void* x, const void* weight, void* out, int64_t tokens, int64_t ffn, int64_t in,
+                                  const void* down, int64_t ranks, const ember::LoraPart* parts, int64_t num_parts,
                                   int64_t tile, int64_t along_tokens, int64_t dtype, cudaStream_t stream) {
   using namespace ember;
   if (device_info().major != 9) return fail("linear_swiglu's kernel runs on compute capability 9.0 only");
   if (dtype != kBFloat16 && dtype != kFloat16) return fail("x is neither bfloat16 nor float16");
   if (ffn % (gated::kRows * gated::kCluster) || in % gated::kDepth)
     return fail("a weight of 2 * %lld rows of %lld does not come in whole tiles", (long long)ffn, (long long)in);
+  for (int64_t i = 0; i < num_parts; ++i) {
+    const LoraPart& part = parts[i];
+    if (num_parts > 2 || part.rows != ffn || part.first_row != (num_parts == 2 ? i * ffn : part.first_row / ffn * ffn) ||
+        part.rank % 8 || ranks % 8)
+      return fail("a part must be all of gate or of up, and its rank a multiple of 8");
+  }
   if (tensor_map_encoder() == nullptr) return fail("the driver knows no tensor maps; it must be of CUDA 12.0 or newer");
   if (tokens == 0) return 0;
-  return dtype == kBFloat16 ? gated::run<bf16>(x, weight, out, tokens, ffn, in, tile, along_tokens != 0, dtype, stream)
-                            : gated::run<fp16>(x, weight, out, tokens, ffn, in, tile, along_tokens != 0, dtype, stream);
+  const gated::Arguments args = {x, weight, out, tokens, ffn, in, dtype, down, ranks, parts, num_parts};
+  return dtype == kBFloat16 ? gated::run<bf16>(args, tile, along_tokens != 0, stream)
+                            : gated::run<fp16>(args, tile, along_tokens != 0, stream);
 }

@@ -1,4 +1,4 @@
-// y[:, rows of a part] += scale * down[:, ranks of the part] . B^T, for all parts of a fused linear in one launch.
+// y[:, rows of a part] (+)= scale * down[:, ranks of the part] . B^T, for all parts of a fused linear in one launch.
 #include "low_rank.cuh"
 
 namespace ember {
@@ -10,6 +10,7 @@ struct LoraExpand {
   const T* down;  // [tokens, sum of ranks]
   int64_t down_stride;
   int64_t chunk;  // rows a block takes
+  bool add;       // to what is in y; else that is not read
   LoraPart parts[kMaxLoraParts];
 };
 
@@ -28,7 +29,8 @@ __global__ void __launch_bounds__(kLowRankThreads, kLowRankBlocks) lora_expand_k
     part = op.parts[i];
   }
   LowRank<T> low_rank;
-  low_rank.in = low_rank.out = op.y + part.first_row;
+  low_rank.out = op.y + part.first_row;
+  low_rank.in = op.add ? low_rank.out : nullptr;
   low_rank.in_stride = low_rank.out_stride = op.y_stride;
   low_rank.left = op.down + part.first_rank;
   low_rank.left_stride = op.down_stride;
@@ -55,7 +57,7 @@ int launch_lora_expand(LoraExpand<T> op, int max_rank, cudaStream_t stream) {
   const auto kernel = lora_expand_kernel<T, kUnits, kSteps, kWhole>;
   int64_t tiles = 0;
   for (const LoraPart& part : op.parts) tiles += ceil_div(part.rows, Tile::kColumns);
-  op.chunk = low_rank_chunk(op.tokens, tiles, Tile::kRows);
+  op.chunk = low_rank_chunk(op.tokens, tiles, Tile::kRows, Tile::shared_bytes(max_rank));
   const dim3 grid((unsigned)tiles, (unsigned)ceil_div(op.tokens, op.chunk));
   return launch(kernel, grid, dim3(kLowRankThreads), Tile::shared_bytes(max_rank), stream, op);
 }
@@ -64,14 +66,15 @@ int launch_lora_expand(LoraExpand<T> op, int max_rank, cudaStream_t stream) {
 
 // Strides in elements; parts is read before this returns.
 EMBER_API int ember_lora_expand(void* y, int64_t y_stride, int64_t tokens, const void* down, int64_t down_stride,
-                                const ember::LoraPart* parts, int64_t num_parts, int64_t dtype, cudaStream_t stream) {
+                                const ember::LoraPart* parts, int64_t num_parts, int64_t add, int64_t dtype,
+                                cudaStream_t stream) {
   using namespace ember;
   int max_rank = 0;
   if (num_parts > kMaxLoraParts) return fail("%lld parts, at most %d are possible", (long long)num_parts, kMaxLoraParts);
   for (int64_t i = 0; i < num_parts; i++) max_rank = parts[i].rank > max_rank ? (int)parts[i].rank : max_rank;
   if (max_rank > kMaxRank) return fail("rank %d, at most %d is possible", max_rank, kMaxRank);
   EMBER_DISPATCH(dtype, {
-    LoraExpand<scalar> op = {(scalar*)y, y_stride, tokens, (const scalar*)down, down_stride, 0, {}};
+    LoraExpand<scalar> op = {(scalar*)y, y_stride, tokens, (const scalar*)down, down_stride, 0, add != 0, {}};
     for (int64_t i = 0; i < num_parts; i++) op.parts[i] = parts[i];
     bool whole = aligned(op.y, y_stride);
     for (const LoraPart& part : op.parts) {

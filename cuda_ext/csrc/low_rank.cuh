@@ -16,7 +16,7 @@ constexpr int kMaxRank = 256;
 
 template <class T>
 struct LowRank {
-  const T* in;
+  const T* in;  // null: zeros
   T* out;
   int64_t in_stride, out_stride;
   const T* left;  // [rows, rank]
@@ -204,8 +204,8 @@ struct LowRankTile {
         for (int unit = 0; unit < kUnits; unit++) {
 #pragma unroll
           for (int half = 0; half < 2; half++) {
-            const bool inside = row_of(row0, half) < op.rows && column_of(unit) < op.columns;
-            const T* from = inside ? op.in + row_of(row0, half) * op.in_stride + column_of(unit) : op.in;
+            const bool inside = op.in && row_of(row0, half) < op.rows && column_of(unit) < op.columns;
+            const T* from = inside ? op.in + row_of(row0, half) * op.in_stride + column_of(unit) : op.out;
             copy_async(piece(stage, unit, half), from, inside);
           }
         }
@@ -258,7 +258,7 @@ struct LowRankTile {
         if constexpr (kWhole) {
           result = load_vector<8>(piece(stage, unit, half));
         } else {
-          result = load_eight<false>(op.in + row * op.in_stride, column_of(unit), limit);
+          result = load_eight<false>(op.in + row * op.in_stride, column_of(unit), op.in ? limit : 0);
         }
         if (op.rank > 0) {
           auto floats = unpack(result);
@@ -325,7 +325,7 @@ struct LowRankTile<float, kUnits, kSteps, kRightByRank, kWhole> {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       piece.in[i] = {};
-      if (row0 + row + i >= op.rows) continue;
+      if (!op.in || row0 + row + i >= op.rows) continue;
       const float* from = op.in + (row0 + row + i) * op.in_stride;
       const int64_t column = column0 + first;
       if constexpr (kWhole) {
@@ -381,9 +381,12 @@ struct LowRankTile<float, kUnits, kSteps, kRightByRank, kWhole> {
   }
 };
 
-// Rows a block walks down: as many blocks as the multiprocessors hold at once, all of one size.
-inline int64_t low_rank_chunk(int64_t rows, int64_t column_tiles, int tile_rows) {
-  return round_up(ceil_div(rows * column_tiles, (int64_t)device_info().multiprocessors * kLowRankBlocks), tile_rows);
+// Rows a block walks down: as many blocks as the multiprocessors hold at once, all of one size. Beside its own memory a
+// block takes 1 KiB.
+inline int64_t low_rank_chunk(int64_t rows, int64_t column_tiles, int tile_rows, int64_t shared_bytes) {
+  const int64_t by_memory = device_info().shared_bytes / (shared_bytes + 1024);
+  const int64_t blocks = device_info().multiprocessors * (by_memory < kLowRankBlocks ? by_memory : kLowRankBlocks);
+  return round_up(ceil_div(rows * column_tiles, blocks), tile_rows);
 }
 
 }  // namespace ember

@@ -20,6 +20,7 @@ struct Rebuild {
   const T* a;  // [sum of ranks, columns]
   int64_t chunk;  // rows a block takes
   bool more;      // another rebuild is the next kernel of the stream
+  bool after;     // a rebuild with more is the last kernel before it
   RebuildSegment segments[kMaxSegments];
 };
 
@@ -49,12 +50,16 @@ __global__ void __launch_bounds__(kLowRankThreads, kLowRankBlocks) rebuild_kerne
   low_rank.left_fours = aligned(low_rank.left, segment.rank, 4 * sizeof(T));
   const Tile tile{low_rank, shared, (int64_t)blockIdx.x * Tile::kColumns};
   const int64_t first = chunk_index * op.chunk, end = first + op.chunk, last = end < segment.rows ? end : segment.rows;
-  // Kernels that follow may read weights before they wait. Another rebuild does not, so only that may start early.
-  if (op.more) let_successor_start();
   tile.begin(first, last);  // golden is never written
-  wait_for_predecessor();
+  // A rebuild lets the next one start when what was before the first of them has ended, since that is when this one
+  // starts. They touch no memory in common, so nothing else is waited for; but none ends before the one before it, so
+  // that whoever waits for the last one has waited for all. Other kernels may read weights before they wait: they may
+  // not start early.
+  if (!op.after) wait_for_predecessor();
+  if (op.more) let_successor_start();
   tile.stage();
   tile.walk(first, last);
+  if (op.after) wait_for_predecessor();
 }
 
 template <class T, int kUnits, int kSteps, bool kWhole>
@@ -63,7 +68,7 @@ int launch_rebuild(Rebuild<T> op, int64_t rows, int max_rank, cudaStream_t strea
   const auto kernel = rebuild_kernel<T, kUnits, kSteps, kWhole>;
   const int64_t tiles = ceil_div(op.columns, Tile::kColumns);
   int64_t chunks = 0;
-  op.chunk = low_rank_chunk(rows, tiles, Tile::kRows);
+  op.chunk = low_rank_chunk(rows, tiles, Tile::kRows, Tile::shared_bytes(max_rank));
   for (RebuildSegment& segment : op.segments) chunks += segment.chunks = ceil_div(segment.rows, op.chunk);
   const dim3 grid((unsigned)tiles, (unsigned)chunks);
   return launch(kernel, grid, dim3(kLowRankThreads), Tile::shared_bytes(max_rank), stream, op);
@@ -71,10 +76,11 @@ int launch_rebuild(Rebuild<T> op, int64_t rows, int max_rank, cudaStream_t strea
 
 }  // namespace ember
 
-// live and golden must not overlap. more: the next kernel of the stream is a rebuild as well. The parts stand in the order of their rows; they are read before this returns.
+// live and golden must not overlap. more: the next kernel of the stream is a rebuild as well, of another weight; after:
+// the last one was a rebuild with more. The parts stand in the order of their rows; they are read before this returns.
 EMBER_API int ember_rebuild_weight(void* live, const void* golden, int64_t rows, int64_t columns, const void* a,
-                                   const ember::LoraPart* parts, int64_t num_parts, int64_t more, int64_t dtype,
-                                   cudaStream_t stream) {
+                                   const ember::LoraPart* parts, int64_t num_parts, int64_t more, int64_t after,
+                                   int64_t dtype, cudaStream_t stream) {
   using namespace ember;
   if (num_parts > kMaxLoraParts) return fail("%lld parts, at most %d are possible", (long long)num_parts, kMaxLoraParts);
   RebuildSegment segments[kMaxSegments] = {};
@@ -91,7 +97,7 @@ EMBER_API int ember_rebuild_weight(void* live, const void* golden, int64_t rows,
   }
   if (row < rows) segments[count++] = {nullptr, row, rows - row, 0, 0, 0, 0.0f};
   EMBER_DISPATCH(dtype, {
-    Rebuild<scalar> op = {(scalar*)live, (const scalar*)golden, columns, (const scalar*)a, 0, more != 0, {}};
+    Rebuild<scalar> op = {(scalar*)live, (const scalar*)golden, columns, (const scalar*)a, 0, more != 0, after != 0, {}};
     for (int i = 0; i < count; i++) op.segments[i] = segments[i];
     const bool whole = aligned(op.live, columns) && aligned(op.golden, columns);
     if (!whole) return launch_rebuild<scalar, 1, 1, false>(op, rows, max_rank, stream);

@@ -8,15 +8,16 @@ of :data:`ALIGNMENT` elements; what lies between is not part of the adapter.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from cuda_ext.checked_copy import checked_copy, copy_table
+from cuda_ext.checked_copy import checked_copy, copy_table, on_host
 from cuda_ext.lora import FusedLora, LoraPart
 from ember_ray.model.lora import AdapterError, AdapterUpdate, LoraLayers
 from ember_ray.model.qwen3 import FUSED, LayerLora
@@ -195,12 +196,12 @@ class AdapterPacker:
         else:
             flat = out
         gathered = self._gathered or Gathered.of(self._sources, self.layout, here)
-        seen = gathered.copy_to(flat).cpu()
+        seen = on_host(gathered.copy_to(flat))
         refuse_not_finite(seen, self.layout.pieces, self._dtype)
         if out is not None and out is not flat:
             out.copy_(flat)  # to the host
             flat = out
-        return FlatAdapter(version, self.layout, flat, self.scaling, seen[:, 1])
+        return FlatAdapter(version, self.layout, flat, self.scaling, torch.from_numpy(seen[:, 1].copy()))
 
 
 @dataclass(frozen=True)
@@ -266,11 +267,10 @@ def adapter_layout(
     return layout, scaling, [tensors[piece.name] for piece in layout.pieces]
 
 
-def refuse_not_finite(seen: Tensor, pieces: Iterable[Piece], dtype: torch.dtype) -> None:
+def refuse_not_finite(seen: np.ndarray, pieces: Sequence[Piece], dtype: torch.dtype) -> None:
     """Raises AdapterError where ``checked_copy`` has seen a value that is not finite."""
-    bad = seen[:, 0].nonzero()
-    if len(bad):
-        name = list(pieces)[int(bad[0])].name
+    if seen[:, 0].any():
+        name = pieces[int(seen[:, 0].nonzero()[0][0])].name
         raise AdapterError(f"adapter tensor '{name}' has NaN or Inf in {str(dtype).removeprefix('torch.')}")
 
 

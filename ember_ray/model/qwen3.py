@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from cuda_ext.decode_state import embed
-from cuda_ext.linear_swiglu import linear_swiglu
-from cuda_ext.lora import FusedLora, lora_linear
+from cuda_ext.linear_swiglu import linear_swiglu, linear_swiglu_lora
+from cuda_ext.lora import FusedLora, lora_expand, lora_linear
+from cuda_ext.lora_shrink import lora_shrink
 from cuda_ext.rms_norm import add_rms_norm, rms_norm
 from cuda_ext.rope import qk_norm_rope_write, rope_table
 from cuda_ext.skinny_linear import can_skinny, norm_linear, norm_linear_swiglu, skinny_linear
-from cuda_ext.swiglu_lora import swiglu_lora
 from ember_ray.model.base_weights import SharedRoom, can_share, stacked
 from ember_ray.model.checkpoint import Checkpoint
 from ember_ray.model.dummy import dummy_reader
@@ -117,8 +117,10 @@ class DecoderLayer:
     def onto(self, name: str, x: Tensor, residual: Tensor, lora: LayerLora, may_write: bool) -> Stream:
         """A linear layer whose output goes onto the residual stream, by the product itself where that is faster."""
         narrow = x.dtype != torch.float32 and len(x) >= ADDING_ROWS
-        if not may_write or not narrow or name in lora or name in self.biases:
+        if not may_write or not narrow or name in self.biases:
             return self.linear(name, x, lora), residual
+        if name in lora:
+            lora_expand(residual, lora_shrink(x, lora[name].a), lora[name])
         return None, residual.addmm_(x, self.weights[name].T)
 
     def norm(self, x: Tensor | None, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,8 +147,7 @@ class DecoderLayer:
         adapter = lora.get("gate_up_proj")
         if adapter is None:
             return linear_swiglu(normed, weight), residual
-        gate_up = self.linear("gate_up_proj", normed, {})
-        return swiglu_lora(gate_up, torch.nn.functional.linear(normed, adapter.a), adapter), residual
+        return linear_swiglu_lora(normed, weight, adapter), residual
 
     def forward(
         self,

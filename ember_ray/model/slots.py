@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from cuda_ext.checked_copy import checked_copy, copy_table
+from cuda_ext.checked_copy import checked_copy, copy_table, on_host
 from cuda_ext.rebuild import rebuild_weight
 from ember_ray.model.adapter_layout import (
     AdapterLayout,
@@ -107,10 +108,10 @@ class MergedWeights:
         for index, after in adapter.items():
             self._changed[index] |= after.keys()
         places = [(index, name) for index, names in self._changed.items() for name in sorted(names)]
-        for index, name in places:
+        for place, (index, name) in enumerate(places):
             lora = adapter.get(index, {}).get(name)
             live, golden = self._layers[index].weights[name], self._golden[index][name]
-            rebuild_weight(live, golden, lora, more=(index, name) != places[-1])
+            rebuild_weight(live, golden, lora, more=place + 1 < len(places), after=place > 0)
         self._changed = {index: set(adapter.get(index, {})) for index in self._layers}
 
 
@@ -232,7 +233,7 @@ class AdapterSlots:
             return _Held()
         own = tensors[shape.first_piece : shape.first_piece + len(pieces)]
         flat = torch.empty(shape.own.numel, dtype=self._dtype, device=self._device)
-        refuse_not_finite(Gathered.of(own, shape.own, self._device).copy_to(flat).cpu(), pieces, self._dtype)
+        refuse_not_finite(on_host(Gathered.of(own, shape.own, self._device).copy_to(flat)), pieces, self._dtype)
         return _Held(shape, flat)
 
     def _take_flat(self, update: FlatAdapter) -> _Held:
@@ -247,15 +248,15 @@ class AdapterSlots:
             return _Held()
         base, table = whole.to(self._device, non_blocking=True), shape.table(whole.dtype, self._device)
         flat = torch.empty(shape.own.numel, dtype=self._dtype, device=self._device)
-        seen = checked_copy(flat, base, table, whole.dtype).cpu()
+        seen = on_host(checked_copy(flat, base, table, whole.dtype))
         refuse_not_finite(seen, pieces, self._dtype)
         if update.checksums is not None:
             if whole.dtype != self._dtype:  # what was published has other bits
                 same = torch.empty(shape.own.numel, dtype=whole.dtype, device=self._device)
-                seen = checked_copy(same, base, table, whole.dtype).cpu()
-            published = update.checksums[shape.first_piece : shape.first_piece + len(pieces)]
-            if not torch.equal(seen[:, 1], published):
-                name = pieces[int((seen[:, 1] != published).nonzero()[0])].name
+                seen = on_host(checked_copy(same, base, table, whole.dtype))
+            published = update.checksums.numpy()[shape.first_piece : shape.first_piece + len(pieces)]
+            if not np.array_equal(seen[:, 1], published):
+                name = pieces[int((seen[:, 1] != published).nonzero()[0][0])].name
                 raise AdapterError(
                     f"adapter version {update.version}: the checksum of '{name}' is not the published one; publish it "
                     "again"

@@ -69,6 +69,10 @@ def test_expand_rounds_the_exact_sum(dtype: torch.dtype, layout: Layout, tokens:
     kept_again = kept.clone()
     lora_expand(kept_again, down, lora)
     assert torch.equal(kept_again, y)
+    fresh, zeros = torch.full_like(y, torch.nan), torch.zeros_like(y)
+    lora_expand(fresh, down, lora, add=False)
+    lora_expand(zeros, down, lora)
+    assert torch.equal(fresh[:, ~outside], zeros[:, ~outside]) and bool(fresh[:, outside].isnan().all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -120,7 +124,7 @@ def test_rebuilds_in_a_row_that_start_early_give_the_same() -> None:
         wanted.append([live.clone() for live in lives])
     for turn in range(20):
         for number, lora in enumerate(adapters[turn % 2]):
-            rebuild_weight(lives[number], weights[number], lora, more=number + 1 < len(lives))
+            rebuild_weight(lives[number], weights[number], lora, more=number + 1 < len(lives), after=number > 0)
         found = [live.clone() for live in lives]
         assert all(torch.equal(a, b) for a, b in zip(found, wanted[turn % 2], strict=True))
 

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from ember_ray.model import safetensors_file
 from ember_ray.model.safetensors_file import read_float_tensors
 
 
@@ -24,6 +25,14 @@ def test_tensors_are_those_of_the_library_and_lie_in_one_storage(tmp_path: Path)
     for name, tensor in theirs.items():
         assert ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor)
     assert len({tensor.untyped_storage().data_ptr() for tensor in ours.values()}) == 1
+
+
+def test_several_readers_read_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safetensors_file, "_LEAST_PART", 1000)
+    tensors = {f"t{number}": torch.randn(137) for number in range(50)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    ours = read_float_tensors(tmp_path / "x.safetensors")
+    assert all(torch.equal(ours[name], tensor) for name, tensor in tensors.items())
 
 
 def test_what_is_not_there_or_no_float_is_named(tmp_path: Path) -> None:
