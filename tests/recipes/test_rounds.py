@@ -211,11 +211,11 @@ class Actors:
 
 @pytest.fixture
 def run_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
-    def make(*losses: str) -> Run:
+    def make(*losses: str, sharing: bool = False) -> Run:
         left = list(losses)
         monkeypatch.setattr(recipes.run, "start_learner", lambda *_: Learner(left))
         run = make_run(tmp_path, SFT, SftExtractConfig, rounds=3, sft={"rows_per_round": 8})
-        run.session = Actors(left)  # type: ignore[assignment]
+        run.session = (Sharing if sharing else Actors)(left)  # type: ignore[assignment]
         monkeypatch.setattr(recipes.run, "Session", lambda *_: run.session)
         run._make_learner()
         run._start_learner()
@@ -302,6 +302,54 @@ def test_a_run_that_has_learnt_nothing_says_so_at_its_end(
     assert summary["steps"] == 3 and summary["warning"] is None
     run._go_on()
     assert run.steps == 3
+
+
+class Sharing(Actors):
+    """As `Actors`, with stages whose base weights the learner uses. They are made anew where ``stage`` is next to be
+    lost, before the learner is asked, or ``stage, under it``, when it fails for that; else it only fails."""
+
+    stages_are_here, lost = True, 0
+
+    def recoveries(self) -> int:
+        if self.losses[:1] == ["stage"]:
+            self.losses.pop(0)
+            self.lost += 1
+        return self.lost
+
+    def base_weights(self) -> list[Any]:
+        return [{"weight": self.lost}]
+
+    def call(self, phase: str, ref: Any) -> Any:
+        if ref[1] == "learn" and self.losses[:1] in (["stage, under it"], ["nothing"]):
+            self.lost += self.losses.pop(0) != "nothing"
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        if ref[1] in ("start", "open_base"):
+            ref[0].base = ref[2][0]
+        return super().call(phase, ref)
+
+
+@pytest.mark.parametrize("lost", ["stage", "stage, under it"])
+def test_the_learner_goes_on_with_the_weights_of_fresh_stages(
+    lost: str, run_with: Callable[..., Run], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_with(sharing=True)
+    run.learn([1])
+    run.record(1, {"loss": 0.0})
+    learner, run.session.losses = run.learner, [lost]  # type: ignore[attr-defined]
+    run.learn([2])
+    run.record(2, {"loss": 0.0})
+    assert run.learner.base == [{"weight": 1}] and run.learner.rounds == 2 and run.session.losses == []  # type: ignore[attr-defined]
+    assert (run.learner is learner) == (lost == "stage")
+    said = capsys.readouterr().out
+    assert ("goes on with the base weights" in said) == (lost == "stage")
+    assert ("illegal memory access" in said) == (lost != "stage")
+
+
+def test_what_fails_while_its_stages_are_well_is_a_failure(run_with: Callable[..., Run]) -> None:
+    run = run_with(sharing=True)
+    run.session.losses = ["nothing"]  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run.learn([1])
 
 
 def test_a_run_that_ended_while_its_first_state_was_written_begins_anew(run_with: Callable[..., Run]) -> None:
