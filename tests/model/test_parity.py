@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from cuda_ext import linear_swiglu, lora
 from ember_ray.engine.llm import LLM
 from ember_ray.engine.options import EngineOptions
 from ember_ray.engine.sampling_params import SamplingParams
@@ -141,14 +142,23 @@ def test_adapter_logits_equal_peft(name: str, device: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("rows", ["few", "many"])
 @pytest.mark.parametrize("lora_mode", ["slots", "merged"])
 def test_half_precision_with_an_adapter_is_as_close_to_float32_as_peft(
-    lora_mode: str, device: str, tmp_path: Path
+    lora_mode: str, rows: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Log-probabilities of the same tokens: median and p95 of the distance from PEFT in float32."""
+    """Log-probabilities of the same tokens: median and p95 of the distance from PEFT in float32.
+
+    Args:
+        rows: "many" computes as for large batches.
+    """
     from peft import PeftModel
 
-    network = make_qwen3(tmp_path / "model", hidden_size=128, num_hidden_layers=4)
+    if rows == "many":
+        monkeypatch.setattr(qwen3, "ADDING_ROWS", 1)
+        monkeypatch.setattr(lora, "FIRST_ROWS", 1)
+        monkeypatch.setattr(linear_swiglu, "LEAST_SHARE", 0.0)
+    network = make_qwen3(tmp_path / "model", hidden_size=128, intermediate_size=512, num_hidden_layers=4)
     make_adapter(network, tmp_path / "adapter", r=8, lora_alpha=8, target_modules="all-linear")
     prompts = random_prompts([96] * 24, seed=9)
 
