@@ -113,7 +113,9 @@ def learner_adapter(config: Qwen3Config, rank: int, modules: Sequence[str], devi
 
 
 def write_peft_folder(update: AdapterUpdate, folder: Path, rank: int, modules: Sequence[str]) -> None:
-    """As PEFT saves a model that learns in bfloat16."""
+    """As PEFT saves a model that learns in bfloat16; a folder that is there has been written before."""
+    if folder.exists():
+        return
     folder.mkdir()
     tensors = {f"base_model.model.{name}": t.bfloat16().cpu().contiguous() for name, t in update.tensors.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -151,7 +153,7 @@ class Swaps:
         packed = [packer.pack(1) for packer in packers]
         makers: list[Callable[[int], AdapterUpdate | FlatAdapter]]
         if source == "file":
-            folders = [folder / f"{self.mode}_{rank}_{modules}_{number}" for number in range(2)]
+            folders = [folder / f"{rank}_{modules}_{number}" for number in range(2)]
             for one, path in zip(learners, folders, strict=True):
                 write_peft_folder(one, path, rank, names)
             makers = [lambda version, path=path: load_peft_adapter(path, version) for path in folders]  # type: ignore[misc]
