@@ -15,7 +15,7 @@ Keys that need a word:
   commit_ms    the switch alone, between two versions that are held: what a running batch would wait for when the
                adapter is staged beside it
   pack_ms      (gpu) the learner's side: its float32 tensors written into the flat tensor, with checksums, by GPU events
-  wall_ms      as ms by the host's clock, until the device has ended
+  wall_ms      as ms by the host's clock, from an idle device until it is idle again
   adapter_mb   of the adapter in the serving dtype, in 10^6 bytes
   floor_ms     what the bytes that a swap moves at least take at the copy bandwidth: slots read and write the adapter
                twice (into the stage's own memory, then to the place that captured graphs read), merged also every
@@ -37,6 +37,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,9 @@ MODULES = {
     "all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     "qkvo": ("q_proj", "k_proj", "v_proj", "o_proj"),
 }
+Maker = Callable[[int], AdapterUpdate | FlatAdapter]
+"""Version -> the adapter as it comes to the stage."""
+
 WARM_UPS = 3
 LEAST_REPETITIONS = 20
 """A median of fewer is a try: printed, not written down."""
@@ -88,20 +92,27 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 class Clock:
-    """Milliseconds between marks: GPU events where there is a GPU, else the host's clock."""
+    """Milliseconds of work: by GPU events where there is a GPU, else by the host's clock."""
 
     def __init__(self, device: str) -> None:
-        self._on_gpu = device != "cpu"
+        self._device = device
+        if device != "cpu":
+            self._first, self._last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self._first.record()  # an event comes to be where it is recorded first
+            self._last.record()
 
-    def mark(self) -> Any:
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def between(self, first: Any, last: Any) -> float:
-        return first.elapsed_time(last) if self._on_gpu else 1e3 * (last - first)
+    def time(self, work: Callable[[], None]) -> float:
+        """Starts on an idle device; waits until it is idle again."""
+        synchronize(self._device)
+        if self._device == "cpu":
+            begin = time.perf_counter()
+            work()
+            return 1e3 * (time.perf_counter() - begin)
+        self._first.record()
+        work()
+        self._last.record()
+        torch.cuda.synchronize()
+        return self._first.elapsed_time(self._last)
 
 
 def learner_adapter(config: Qwen3Config, rank: int, modules: Sequence[str], device: str, seed: int) -> AdapterUpdate:
@@ -151,7 +162,7 @@ class Swaps:
         learners = [learner_adapter(self.config, rank, names, device, seed) for seed in (1, 2)]
         packers = [AdapterPacker(check_adapter(one, shapes, depth), shapes, self.dtype) for one in learners]
         packed = [packer.pack(1) for packer in packers]
-        makers: list[Callable[[int], AdapterUpdate | FlatAdapter]]
+        makers: list[Maker]
         if source == "file":
             folders = [folder / f"{rank}_{modules}_{number}" for number in range(2)]
             for one, path in zip(learners, folders, strict=True):
@@ -166,16 +177,15 @@ class Swaps:
             self._version += 1
             make = makers[repetition % 2]
             update = None if source == "file" else make(self._version)
-            synchronize(device)
+
+            def swap(make: Maker = make, update: AdapterUpdate | FlatAdapter | None = update) -> None:
+                self.engine.stage_adapter(make(self._version) if update is None else update)
+                self.engine.commit_adapter(self._version)
+
             begin = time.perf_counter()
-            first = self.clock.mark()
-            self.engine.stage_adapter(make(self._version) if update is None else update)
-            self.engine.commit_adapter(self._version)
-            last = self.clock.mark()
-            synchronize(device)
-            if repetition >= WARM_UPS:
-                walls.append(1e3 * (time.perf_counter() - begin))
-                times.append(self.clock.between(first, last))
+            times.append(self.clock.time(swap))
+            walls.append(1e3 * (time.perf_counter() - begin))
+        times, walls = times[WARM_UPS:], walls[WARM_UPS:]
         commits = self._time_commits()
         self._check(packed[(WARM_UPS + self.options.repetitions - 1) % 2])
         self._check_guards(packed[0], source)
@@ -196,25 +206,14 @@ class Swaps:
 
     def _time_commits(self) -> list[float]:
         """Switches between the two last versions; the last one serves in the end."""
-        times = []
-        for repetition in range(2 * WARM_UPS + self.options.repetitions // 2 * 2):
-            synchronize(self.options.device)
-            first = self.clock.mark()
-            self.engine.commit_adapter(self._version - 1 + repetition % 2)
-            last = self.clock.mark()
-            synchronize(self.options.device)
-            times.append(self.clock.between(first, last))
-        return times[2 * WARM_UPS :]
+        versions = [self._version - 1, self._version] * (WARM_UPS + self.options.repetitions // 2)
+        times = [self.clock.time(partial(self.engine.commit_adapter, version)) for version in versions]
+        return times[2 * WARM_UPS :] or times
 
     def _time_packing(self, packers: list[AdapterPacker]) -> float:
         out, times = torch.zeros_like(packers[0].pack(1).flat), []
         for repetition in range(WARM_UPS + self.options.repetitions):
-            synchronize(self.options.device)
-            first = self.clock.mark()
-            packers[repetition % 2].pack(repetition, out)
-            last = self.clock.mark()
-            synchronize(self.options.device)
-            times.append(self.clock.between(first, last))
+            times.append(self.clock.time(lambda packer=packers[repetition % 2]: packer.pack(1, out)))  # type: ignore[misc]
         return statistics.median(times[WARM_UPS:])
 
     def _least_bytes(self, elements: int, names: Sequence[str]) -> int:
