@@ -3,8 +3,8 @@
 A whole batch is run under torch.profiler, which records every kernel of the replayed CUDA graphs. A kernel counts
 from where the kernels before it ended: with programmatic dependent launch the next kernel is on the chip early and
 waits there, which is nobody's work. ``rest`` is the measured step less the other four: small kernels (norms, rotary
-positions and the cache write, SwiGLU, embedding, append of tokens), the gaps between kernels, and between steps. So
-the five add up to the step.
+positions and the cache write, embedding, append of tokens, SwiGLU where it is no part of a product), the gaps between
+kernels, and between steps. So the five add up to the step.
 
 In engines of more than 32 rows attention over prompts (and over whole pieces of long answers) is one kernel; that over
 the ends of answers, which also merges the parts, is another and begins beside the first: only what it takes longer is
