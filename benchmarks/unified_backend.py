@@ -167,6 +167,7 @@ class Cell:
         row["mismatch"] = self.learner.submit(there.mismatch, now["groups"]).result()
         row["moved"] = self.learner.submit(there.mismatch, first["groups"]).result()
         if not row["mismatch"] < min(LARGEST_MISMATCH, row["moved"]):
+            print(json_line(rounded(row)), end="", file=sys.stderr)  # what is wrong with it may show
             raise Refused(f"engine and learner have two policies: {row['mismatch']:g} apart, {row['moved']:g} learnt")
         return row
 
