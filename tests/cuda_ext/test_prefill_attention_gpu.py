@@ -113,6 +113,18 @@ def test_backend_equals_float64(backend: str, dtype: torch.dtype, dim: int, chun
         assert torch.equal(out, again)
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loudness", [3, 12])
+def test_kernel_follows_maxima_that_rise_far(loudness: float, dtype: torch.dtype, dim: int) -> None:
+    """The kernel goes from the last keys to the first and keeps old maxima while new ones are little higher."""
+    usable("kernel", dtype, dim)
+    q, k_cache, v_cache, batch = draw([(300, 1500), (777, 0)], 8, 2, dim, dtype, 16, 6)
+    k_cache *= torch.linspace(1.5, 0.5, len(k_cache), device="cuda").to(dtype)[:, None, None]
+    inputs = (loudness * q, k_cache, v_cache, batch)
+    assert_near(prefill_attention(*inputs, dim**-0.5, "kernel"), exact(*inputs, dim**-0.5))
+
+
 @pytest.mark.parametrize("chunks", passes())
 def test_float32_is_exact_to_its_own_rounding(chunks: list[tuple[int, int]]) -> None:
     inputs = draw(chunks, 4, 2, 64, torch.float32, 16, 3)
