@@ -1,4 +1,4 @@
-"""Requests of the running batch that are to end early, noted from any thread."""
+"""What the running batch is told from any thread: requests that are to end early, and another policy."""
 
 from __future__ import annotations
 
@@ -35,3 +35,21 @@ class Aborts:
         """The batch has ended."""
         with self._lock:
             self._numbers, self._noted = {}, []
+
+
+class SwitchNote:
+    """The policy version that a batch is to go on under; the last one noted counts."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._version = -1
+
+    def note(self, version: int) -> None:
+        with self._lock:
+            self._version = version
+
+    def take(self) -> int:
+        """The version, once; -1 for none."""
+        with self._lock:
+            version, self._version = self._version, -1
+            return version

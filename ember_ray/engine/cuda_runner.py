@@ -64,6 +64,7 @@ class CudaRunner:
     Args:
         kv_cache: [layers, 2, num_slots, kv_heads, head_dim]; the slots of its last block belong to no sequence.
         take_aborts: gives at most so many numbers of requests that end now.
+        take_switch: gives the policy version to switch to, -1 for none.
         prefill_backend: from cuda_ext.prefill_attention.choose_backend().
     """
 
@@ -77,10 +78,12 @@ class CudaRunner:
         kv_cache: Tensor,
         stop_check: StopCheck,
         take_aborts: Callable[[int], list[int]],
+        take_switch: Callable[[], int],
         prefill_backend: str,
     ) -> None:
         self._options, self._model, self._adapters, self._kv_cache = options, model, adapters, kv_cache
-        self._stop_check, self._take_aborts, self._prefill_backend = stop_check, take_aborts, prefill_backend
+        self._stop_check, self._prefill_backend = stop_check, prefill_backend
+        self._take_aborts, self._take_switch = take_aborts, take_switch
         self._scale = model.config.head_dim**-0.5
         self._trash_slot = kv_cache.shape[2] - options.block_size
         self._sizes = graph_sizes(options.max_num_seqs)
@@ -126,6 +129,7 @@ class CudaRunner:
             _columns(logprobs.view(np.float32), appended),
             _columns(sampling_logprobs.view(np.float32), appended),
             self._take_aborts(self._options.max_num_seqs),
+            self._take_switch(),
         )
         for place, sequence in enumerate(plan.samples):
             if self._slots.needs_host(sequence) and not sequence.finish_code:
@@ -178,7 +182,7 @@ class CudaRunner:
                 normed = self._model.final_norm(residual[inputs.hidden_rows] + x[inputs.hidden_rows])
         own = len(normed) - len(inputs.last_prompt_groups)
         for place, group in enumerate(inputs.last_prompt_groups):
-            self._last_hidden.setdefault(group.number, normed[own + place])
+            self._last_hidden[group.number] = normed[own + place]
         results = torch.zeros(4, 1, len(samples), dtype=torch.int32, device=device)
         if not samples:
             return results

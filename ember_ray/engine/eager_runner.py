@@ -58,6 +58,7 @@ class EagerRunner:
         kv_cache: [layers, 2, num_slots, kv_heads, head_dim].
         stop_check: on the last stage.
         take_aborts: gives at most so many numbers of requests that end now; called on the last stage.
+        take_switch: gives the policy version to switch to, -1 for none; called on the last stage.
         num_lanes: micro-batches in flight.
         prefill_backend: from cuda_ext.prefill_attention.choose_backend().
     """
@@ -72,12 +73,14 @@ class EagerRunner:
         kv_cache: Tensor,
         stop_check: StopCheck | None,
         take_aborts: Callable[[int], list[int]],
+        take_switch: Callable[[], int],
         transport: Transport,
         num_lanes: int,
         prefill_backend: str,
     ) -> None:
         self._options, self._model, self._adapters, self._kv_cache = options, model, adapters, kv_cache
-        self._stop_check, self._take_aborts, self._transport = stop_check, take_aborts, transport
+        self._stop_check, self._transport = stop_check, transport
+        self._take_aborts, self._take_switch = take_aborts, take_switch
         self._num_lanes, self._prefill_backend = num_lanes, prefill_backend
         self._last_hidden: dict[int, Tensor] = {}  # group number -> final-norm output behind its prompt, last stage
         if stop_check is not None:
@@ -110,17 +113,22 @@ class EagerRunner:
             result = pending.result or self._deliver(pending)
         else:
             count = len(pending.plan.samples)
-            message = torch.empty(2 * count + ABORTS_PER_STEP, dtype=torch.int64)
+            message = torch.empty(2 * count + ABORTS_PER_STEP + 1, dtype=torch.int64)
             values = self._transport.receive(message, self._transport.world_size - 1, pending.tag).tolist()
-            tokens, codes, aborts = values[:count], values[count : 2 * count], values[2 * count :]
+            tokens, codes, aborts = values[:count], values[count : 2 * count], values[2 * count : -1]
             result = StepResult(
-                pending.plan, [[token] for token in tokens], codes, aborts=[n for n in aborts if n >= 0]
+                pending.plan,
+                [[token] for token in tokens],
+                codes,
+                aborts=[n for n in aborts if n >= 0],
+                switch_to=values[-1],
             )
         self._clock.ended(pending.plan)
         return result
 
     def _deliver(self, pending: _Pending) -> StepResult:
-        """Tells all other stages what was drawn: int64 tokens, finish codes and aborted requests (-1: none)."""
+        """Tells all other stages what was drawn: int64 tokens, finish codes, aborted requests and the policy version to
+        switch to (-1: none)."""
         assert pending.drawn is not None and self._stop_check is not None
         if pending.done is not None:
             pending.done.synchronize()
@@ -131,7 +139,8 @@ class EagerRunner:
         codes = [self._stop_check.end(s, [token])[1] for s, token in zip(samples, tokens, strict=True)]
         aborts = self._take_aborts(ABORTS_PER_STEP)
         padding = [-1] * (ABORTS_PER_STEP - len(aborts))
-        message = torch.tensor(tokens + codes + aborts + padding, dtype=torch.int64)
+        switch_to = self._take_switch()
+        message = torch.tensor([*tokens, *codes, *aborts, *padding, switch_to], dtype=torch.int64)
         for other in range(self._transport.rank):
             self._transport.send(message, other, pending.tag)
         pending.result = StepResult(
@@ -141,6 +150,7 @@ class EagerRunner:
             [[p] for p in logprobs],
             [[p] for p in sampling_logprobs],
             aborts,
+            switch_to,
         )
         return pending.result
 
@@ -201,7 +211,7 @@ class EagerRunner:
         normed = self._model.final_norm(hidden[inputs.hidden_rows])
         own = normed.shape[0] - len(inputs.last_prompt_groups)
         for place, group in enumerate(inputs.last_prompt_groups):
-            self._last_hidden.setdefault(group.number, normed[own + place])
+            self._last_hidden[group.number] = normed[own + place]
         if not samples:
             return torch.empty(3, 0, dtype=torch.int32), None
         firsts = [sequence.group.number for sequence in samples[own:]]

@@ -36,8 +36,12 @@ class Candidate:
         sampling_logprobs: per token, under the distribution it was drawn from.
         text: the tokens decoded without special tokens, cut before a stop string.
         finish_reason: ``stop``, ``length``, ``stop_sequence`` or ``abort``.
-        policy_version: the adapter version that made every token of it.
+        policy_version: the adapter version that made every token of it, or the first where ``token_versions`` is given.
         cache_exact: no KV entry of another version was read while making it.
+        token_versions: where the policy changed in the middle, the version that drew each token.
+        spans: with them, what it was computed from: (first, last, version), positions of prompt and answer, the last
+            excluded, in the order in which they were computed; one that begins again at an earlier position takes the
+            place of what was there.
     """
 
     request_id: str
@@ -49,6 +53,8 @@ class Candidate:
     finish_reason: str
     policy_version: int
     cache_exact: bool = True
+    token_versions: list[int] | None = None
+    spans: list[tuple[int, int, int]] | None = None
 
 
 @dataclass

@@ -127,6 +127,7 @@ class Scheduler:
         self.running: list[list[Sequence]] = [[] for _ in range(num_lanes)]
         self.waiting: list[list[Sequence]] = [[] for _ in range(num_lanes)]
         self._by_request: dict[int, list[Sequence]] = {}
+        self._version = 0
         self.prefix_hit_tokens = 0
         self.recomputed_tokens = 0
         self.preemptions = 0
@@ -176,6 +177,7 @@ class Scheduler:
             raise RequestError(f"request id '{twice}' is in the batch twice")
         for request in requests:
             self.check(request)
+        self._version = policy_version
         groups: list[PromptGroup] = []
         by_prompt: dict[tuple[int, ...], PromptGroup] = {}
         for number, (request, seed) in enumerate(zip(requests, seeds, strict=True)):
@@ -212,6 +214,19 @@ class Scheduler:
             else:
                 self.waiting[lane].remove(sequence)
         return ended
+
+    def switch(self, policy_version: int) -> None:
+        """Plans from here on are computed under another policy: nothing of the one before is found or shared any more,
+        and what has been computed stays in use."""
+        for sequence in (sequence for lane in self.running for sequence in lane):
+            sequence.close_span(self._version)
+        unfinished = (sequence for lanes in (self.running, self.waiting) for lane in lanes for sequence in lane)
+        for group in {id(sequence.group): sequence.group for sequence in unfinished}.values():
+            if group.num_computed:
+                group.mix()
+            else:
+                group.restart(policy_version)
+        self._version = policy_version
 
     def clear(self) -> None:
         """Drops all that is unfinished and gives its blocks back."""
@@ -407,6 +422,8 @@ class Scheduler:
     def _leave(self, sequence: Sequence) -> None:
         """Takes a candidate out of its lane and gives its blocks back; the prompt's with the last of its group."""
         group = sequence.group
+        sequence.close_span(self._version)
+        sequence.num_spanned, sequence.has_prompt_spans = 0, False
         self.running[group.lane].remove(sequence)
         self.pool.release(sequence.block_table)
         sequence.block_table, sequence.num_computed = [], 0
@@ -416,3 +433,6 @@ class Scheduler:
         if group.num_admitted == 0:
             self.pool.release(group.block_table)
             group.block_table, group.num_computed = [], 0
+            group.spans, group.num_spanned = [], 0
+            if group.policy_version != self._version:
+                group.restart(self._version)

@@ -11,6 +11,9 @@ from ember_ray.engine.block_pool import prefix_keys
 from ember_ray.engine.request import Candidate
 from ember_ray.engine.sampling_params import SamplingParams
 
+Span = tuple[int, int, int]
+"""(first, last, version): positions of prompt and answer, the last excluded, computed under a policy version."""
+
 FINISH_REASONS = (None, "stop", "length", "stop_sequence", "abort")
 """Finish codes as they travel between stages; 0 goes on."""
 
@@ -36,6 +39,7 @@ class PromptGroup:
             token of a candidate that is admitted later is drawn without another pass.
         lane: the micro-batch that runs it.
         num_admitted: candidates that hold the block table.
+        spans: what of it was computed under which policy, as far as that is written down: ``num_spanned`` tokens.
     """
 
     token_ids: tuple[int, ...]
@@ -50,6 +54,8 @@ class PromptGroup:
     has_last_hidden: bool = False
     lane: int = -1
     num_admitted: int = 0
+    spans: list[Span] = field(default_factory=list)
+    num_spanned: int = 0
 
     @property
     def prompt_done(self) -> bool:
@@ -66,6 +72,23 @@ class PromptGroup:
     def hash(self) -> int:
         return prompt_hash(self.token_ids)
 
+    def close_span(self, version: int) -> None:
+        """Writes down that all that is computed, and not written down yet, was under this version."""
+        if self.num_computed > self.num_spanned:
+            self.spans.append((self.num_spanned, self.num_computed, version))
+            self.num_spanned = self.num_computed
+
+    def restart(self, version: int) -> None:
+        """Nothing of it is computed (any more); from here on it is a prompt of this version."""
+        self.policy_version = version
+        self.__dict__.pop("keys", None)
+        self.has_last_hidden = False
+
+    def mix(self) -> None:
+        """The policy changes in the middle of it: what is computed from here on is found by nobody."""
+        self.policy_version = -1
+        self.__dict__["keys"] = []
+
 
 @dataclass(eq=False)
 class Sequence:
@@ -77,6 +100,9 @@ class Sequence:
         num_computed: generated tokens whose K and V are there; while it decodes, all but the last.
         num_pending: tokens that are planned (or drawn) but not known here yet; 0 where results are awaited.
         slot: its place among those admitted, from 0 to max_num_seqs - 1; -1 while it waits.
+        spans: what was computed for it under which policy, in that order; a preemption begins anew. Written down when
+            it leaves its place and when the policy changes: ``num_spanned`` generated tokens of those that are there,
+            and with ``has_prompt_spans`` the prompt.
     """
 
     group: PromptGroup
@@ -96,15 +122,45 @@ class Sequence:
     slot: int = -1
     finish_code: int = 0
     was_admitted: bool = False
+    spans: list[Span] = field(default_factory=list)
+    num_spanned: int = 0
+    has_prompt_spans: bool = False
 
     @property
     def num_tokens(self) -> int:
         """Generated tokens, those included that are not known yet."""
         return len(self.token_ids) + self.num_pending
 
+    def close_span(self, version: int) -> None:
+        """Writes down that all that is computed, and not written down yet, was under this version."""
+        group, prompt = self.group, len(self.group.token_ids)
+        group.close_span(version)
+        if not group.prompt_done:  # none of its own tokens can be computed before
+            return
+        if not self.has_prompt_spans:
+            self.spans += group.spans
+            self.has_prompt_spans = True
+        if self.num_computed > self.num_spanned:
+            self.spans.append((prompt + self.num_spanned, prompt + self.num_computed, version))
+            self.num_spanned = self.num_computed
+
     def candidate(self, text: str, policy_version: int) -> Candidate:
+        """What it has become; its spans are written down.
+
+        Args:
+            policy_version: that of a candidate that has no token.
+        """
         reason = FINISH_REASONS[self.finish_code]
         assert reason is not None
+        prompt = len(self.group.token_ids)
+        end = prompt + len(self.token_ids) - 1  # nothing follows from the last token; steps behind an end are dropped
+        spans = [(first, min(last, end), version) for first, last, version in self.spans if first < end]
+        mixed = len({version for _, _, version in spans}) > 1
+        versions = _token_versions(spans, prompt, end) if mixed else None
+        if versions:
+            policy_version = versions[0]
+        elif spans:
+            policy_version = spans[0][2]
         return Candidate(
             self.request_id,
             self.index,
@@ -114,4 +170,16 @@ class Sequence:
             text,
             reason,
             policy_version,
+            not mixed,
+            versions,
+            spans if mixed else None,
         )
+
+
+def _token_versions(spans: list[Span], prompt: int, end: int) -> list[int]:
+    """The version that drew each token: of the first span that computed the position before it."""
+    drawn: dict[int, int] = {}
+    for first, last, version in spans:
+        for place in range(max(first, prompt - 1), last):
+            drawn.setdefault(place, version)
+    return [drawn[place] for place in range(prompt - 1, end)]

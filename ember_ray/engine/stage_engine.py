@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from cuda_ext.prefill_attention import choose_backend
-from ember_ray.engine.aborts import Aborts
+from ember_ray.engine.aborts import Aborts, SwitchNote
 from ember_ray.engine.block_pool import BlockPool
 from ember_ray.engine.cuda_runner import CudaRunner
 from ember_ray.engine.eager_runner import EagerRunner
@@ -155,18 +155,18 @@ class StageEngine:
             options.num_scheduler_steps if ahead else 1,
             mixed=not ahead,
         )
-        self._aborts = Aborts()
+        self._aborts, self._switch = Aborts(), SwitchNote()
         self._runner: Runner
         if ahead:
             assert self._stop_check is not None
             self._runner = CudaRunner(
                 options, self.model, self._slots, self.kv_cache, self._stop_check, self._aborts.take,
-                self.prefill_backend,
+                self._switch.take, self.prefill_backend,
             )  # fmt: skip
         else:
             self._runner = EagerRunner(
-                options, self.model, self._slots, self.kv_cache, self._stop_check, self._aborts.take, transport,
-                self.num_lanes, self.prefill_backend,
+                options, self.model, self._slots, self.kv_cache, self._stop_check, self._aborts.take,
+                self._switch.take, transport, self.num_lanes, self.prefill_backend,
             )  # fmt: skip
         self._scorer = Scorer(
             self.scheduler.pool, options.block_size, options.max_num_batched_tokens, self.max_model_len,
@@ -216,7 +216,16 @@ class StageEngine:
         """
         if self._is_rolling_out:
             raise AdapterError(f"policy version {version} cannot be switched to while a rollout is running")
+        self._switch.take()
         self._slots.commit(version)
+
+    def switch_in_flight(self, version: int) -> None:
+        """Lets all stages switch to a version that they hold between two steps of the running batch.
+
+        Call it on the last stage, from any thread. What has been computed stays in use: candidates tell which of their
+        tokens are of which version. Without a batch nothing happens before the next one; a commit takes it back.
+        """
+        self._switch.note(version)
 
     def discard_adapter(self, version: int) -> None:
         """Forgets a staged version."""
@@ -376,7 +385,11 @@ class StageEngine:
         for group in {id(sequence.group): sequence.group for sequence in ended}.values():
             if all(sequence.finish_code for sequence in group.candidates):
                 self._runner.forget_group(group.number)
-        return [self._candidate(sequence) for sequence in ended] if self.is_last else []
+        candidates = [self._candidate(sequence) for sequence in ended] if self.is_last else []
+        if result.switch_to not in (-1, self.policy_version):
+            self._slots.commit(result.switch_to)
+            self.scheduler.switch(result.switch_to)
+        return candidates
 
     def _candidate(self, sequence: RunningSequence) -> Candidate:
         assert self._stop_check is not None

@@ -16,6 +16,7 @@ class StepResult:
         finish_codes: of each sample behind its last new token.
         logprobs, sampling_logprobs: of the new tokens; empty lists on stages that do not sample.
         aborts: numbers of requests that end now.
+        switch_to: policy version under which plans are run from here on; -1 leaves it.
     """
 
     plan: StepPlan
@@ -24,3 +25,4 @@ class StepResult:
     logprobs: list[list[float]] = field(default_factory=list)
     sampling_logprobs: list[list[float]] = field(default_factory=list)
     aborts: list[int] = field(default_factory=list)
+    switch_to: int = -1

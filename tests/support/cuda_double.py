@@ -135,7 +135,7 @@ def doubled_engine(folder: Path, **options: Any) -> tuple[StageEngine, DoubledRu
     assert engine._stop_check is not None
     runner = DoubledRunner(
         asked, engine.model, engine._slots, engine.kv_cache, engine._stop_check, engine._aborts.take,
-        engine.prefill_backend,
+        engine._switch.take, engine.prefill_backend,
     )  # fmt: skip
     engine._runner = runner
     return engine, runner

@@ -43,14 +43,22 @@ class DirectForward:
         found: dict[int, float] = {}
         cache = DynamicCache(config=self._model.config)
         for first, last, version in spans:
-            cache.crop(first)
-            assert cache.get_seq_length() == first, "a span does not follow those before it"
+            assert first <= cache.get_seq_length(), "a span does not follow those before it"
+            if first < cache.get_seq_length():
+                cache = self._beginning(cache, first)
             self._serve(version)
             logits = self._model(torch.tensor([row[first:last]]), past_key_values=cache, use_cache=True).logits[0]
             for place, line in zip(range(first, last), logits.log_softmax(-1), strict=True):
                 if place + 1 < len(row):
                     found.setdefault(place + 1, float(line[row[place + 1]]))
         return [found[place] for place in range(len(prompt), len(row))]
+
+    def _beginning(self, cache: DynamicCache, count: int) -> DynamicCache:
+        cut = DynamicCache(config=self._model.config)
+        if count:
+            for place, layer in enumerate(cache.layers):
+                cut.update(layer.keys[:, :, :count], layer.values[:, :, :count], place)
+        return cut
 
     def _serve(self, version: int) -> None:
         if version == self._serving:
