@@ -82,7 +82,8 @@ def test_a_machine_without_a_usable_gpu_is_told_before_ray_starts(tmp_path: Path
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    ended = run("recipes.dpo_extract", "model.device=cuda", cwd=tmp_path)
+    few = ("tracker=none", "data.train_examples=64", "data.eval_prompts=2")
+    ended = run("recipes.dpo_extract", "model.device=cuda", *few, cwd=tmp_path)
     assert ended.status == 2
     assert re.search(r"error: model.device=cuda: .*, or use the device 'cpu'\n$", ended.stderr), ended.stderr
     assert "starting Ray" not in ended.stdout + ended.stderr
