@@ -3,6 +3,8 @@
 PYTHON ?= python3
 ARGS ?=
 PY := .venv/bin/python
+# Two files at a time, each in a process of its own, in the order of tests/conftest.py; ARGS="-n 0" is one process.
+PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 READY := .venv/installed.stamp
 
 .PHONY: help demo test test-quick lint mutants clean
@@ -28,10 +30,10 @@ demo: $(READY)
 	@$(PY) -m recipes.dpo_extract $(ARGS)
 
 test: $(READY)
-	@$(PY) -m pytest --durations=15 $(ARGS)
+	@$(PYTEST) --durations=15 $(ARGS)
 
 test-quick: $(READY)
-	@$(PY) -m pytest -m "not slow" $(ARGS)
+	@$(PYTEST) -m "not slow" $(ARGS)
 
 lint: $(READY)
 	@$(PY) -m ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pathlib
 
 import hypothesis
 import pytest
@@ -23,6 +24,11 @@ hypothesis.settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # With two workers, a file each at a time: the long ones first, so that no worker is left alone with one at the end.
+    longest = ("recipes/test_recipes.py", "recipes/test_dpo_extract.py", "recipes/", "actors/")
+    tests = pathlib.Path(__file__).parent
+    places = {item: item.path.relative_to(tests).as_posix() for item in items}
+    items.sort(key=lambda item: next((i for i, start in enumerate(longest) if places[item].startswith(start)), 9))
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:
         return

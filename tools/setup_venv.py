@@ -1,6 +1,7 @@
 """Creates .venv and installs the project with its tested versions; `make` calls it when either is out of date.
 
 What pip prints goes to .venv/install.log; a terminal sees one moving line of it, and a fault shows pip's own words.
+The CUDA kernels are compiled meanwhile: pip keeps one core busy at most, and their compiler needs no package.
 """
 
 from __future__ import annotations
@@ -8,9 +9,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import build_cuda
@@ -18,7 +21,7 @@ import build_cuda
 ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
-LOG = VENV / "install.log"
+LOG, KERNELS_LOG = VENV / "install.log", VENV / "kernels.log"
 STEP = re.compile(r"^\s*((?:Collecting|Downloading|Building|Preparing|Installing)\b[^\n(]*)", re.MULTILINE)
 CHECK = """
 import importlib.metadata as installed
@@ -90,21 +93,38 @@ def show(text: str) -> None:
         print(f"\r\033[K{line}", end="", flush=True)
 
 
-def compile_kernels() -> None:
-    """Builds the CUDA library where nvcc is found; exits with nvcc's words when a kernel does not compile."""
-    why = build_cuda.reason_to_skip()
-    if why:
-        return say(3, f"leaving out the CUDA kernels: {why}")
+def begin_kernels() -> subprocess.Popen[bytes] | None:
+    """Begins to build the CUDA library where nvcc is found."""
+    if build_cuda.reason_to_skip():
+        return None
+    with open(KERNELS_LOG, "wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-u", build_cuda.__file__], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+
+def finish_kernels(kernels: subprocess.Popen[bytes] | None) -> None:
+    """Waits for the CUDA library; exits with nvcc's words when a kernel does not compile."""
+    if kernels is None:
+        return say(3, f"leaving out the CUDA kernels: {build_cuda.reason_to_skip()}")
+    say(3, "compiling the CUDA kernels (the first time a few minutes; begun beside the packages)")
     start = time.monotonic()
-    try:
-        archs = build_cuda.chosen_archs()
-        say(3, f"compiling the CUDA kernels for {', '.join(archs)} (the first time a few minutes)")
-        build_cuda.build(archs, say=show)
-    except build_cuda.BuildError as fault:
-        show("")
-        sys.exit(f"{fault}\nthe CUDA kernels could not be built; EMBER_SKIP_CUDA=1 leaves them out, for use on the CPU")
+    while kernels.poll() is None:
+        show((KERNELS_LOG.read_text(errors="replace").splitlines() or ["..."])[-1])
+        time.sleep(0.5)
     show("")
-    print(f"      done in {time.monotonic() - start:.0f} s", flush=True)
+    said = KERNELS_LOG.read_text(errors="replace").strip()
+    if kernels.returncode:
+        sys.exit(f"{said}\nthe CUDA kernels could not be built; EMBER_SKIP_CUDA=1 leaves them out, for use on the CPU")
+    print(f"      {said.splitlines()[-1]}, {time.monotonic() - start:.0f} s of it after the packages", flush=True)
+
+
+def stop(kernels: subprocess.Popen[bytes] | None) -> None:
+    """Ends the compilers too."""
+    if kernels is not None and kernels.poll() is None:
+        with suppress(ProcessLookupError):
+            os.killpg(kernels.pid, signal.SIGTERM)
+        kernels.wait()
 
 
 def check() -> None:
@@ -117,13 +137,17 @@ def check() -> None:
 
 
 def main() -> None:
+    kernels = None
     try:
         create_venv()
+        kernels = begin_kernels()
         install()
-        compile_kernels()
+        finish_kernels(kernels)
         check()
     except KeyboardInterrupt:
         sys.exit("\nstopped; the next make goes on from here")
+    finally:
+        stop(kernels)
     (VENV / "installed.stamp").touch()
 
 

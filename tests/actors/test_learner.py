@@ -13,7 +13,7 @@ LIMIT = 300
 def local_ray():
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, namespace="test_learner")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, namespace="test_learner")
     yield ray
     ray.shutdown()
 
