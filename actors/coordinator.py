@@ -181,6 +181,12 @@ class Coordinator:
         """
         return self._server.base_weights()
 
+    @ray.method(concurrency_group="prepare")
+    def publish_in_flight(self, update: PackedAdapter | AdapterNotice) -> int | None:
+        """Lets the running rollout go on under a new official version, and gives that; None where it cannot be done
+        now, and `publish` is to be called."""
+        return update.version if self._server.publish_in_flight(update) else None
+
     def rollback(self, version: int) -> int:
         """Makes an earlier version official again, exactly; 0 is the base model.
 

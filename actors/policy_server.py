@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,9 @@ BASE_VERSION = 0
 COPY_LIMIT_S = 60.0
 """How long a copy of an adapter may take; it has been under way since the publication before."""
 
+SWITCH_POLL_S = 0.002
+"""How often stages are asked whether they have switched within a batch."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -35,7 +39,7 @@ class PolicyServer:
     A notice tells where a learner's update lies; stages read it there, and it is there until the next publication but
     one. A copy for stages that are made anew is taken behind the switch, while other work goes on.
 
-    All methods are for one thread but `prepare`, which a second one may call at any time.
+    All methods are for one thread but `prepare` and `publish_in_flight`, which a second one may call at any time.
 
     Args:
         failures: pipelines lost in a row, without `succeeded` in between, before `recover` gives up.
@@ -44,6 +48,8 @@ class PolicyServer:
     def __init__(self, pipeline: Pipeline, failures: int) -> None:
         self.pipeline = pipeline
         self.official = BASE_VERSION
+        self.history = [BASE_VERSION]
+        """Official versions, one behind the other."""
         self.highest = BASE_VERSION
         self.recoveries = 0
         self._failures_allowed = failures
@@ -55,6 +61,8 @@ class PolicyServer:
         """By version: copies that are being taken, as refs."""
         self._lock = threading.RLock()
         self._prepared: int | None = None
+        self._in_batch = False
+        self._is_settled = True  # else the stages may not all have heard yet of a switch in a running batch
 
     @property
     def versions(self) -> list[int]:
@@ -69,7 +77,7 @@ class PolicyServer:
             ValueError: the engine refuses the model or the options.
         """
         with self._lock:
-            self._prepared = None
+            self._prepared, self._in_batch, self._is_settled = None, False, True
             while True:
                 try:
                     self.pipeline.start()
@@ -114,6 +122,75 @@ class PolicyServer:
             except StageLost as lost:
                 logger.info("policy version %d was not prepared: %s", update.version, lost)
 
+    def publish_in_flight(self, update: PackedAdapter | AdapterNotice) -> bool:
+        """`publish` while a batch runs, which goes on under the new version from between two of its steps on.
+
+        As `prepare`, for a second thread.
+
+        Returns:
+            Whether it is done: all stages have switched, or will when the batch has ended. If not, nothing has
+            happened, and `publish` will do it or say what is in the way.
+        """
+        import ray
+
+        from ember_ray.model.adapter_outbox import AdapterNotice
+
+        with self._lock:
+            if self._in_batch:
+                self.prepare(update)
+            if not self._in_batch or self._prepared != update.version:
+                return False
+            version, self._prepared = update.version, None
+            self.highest = version
+            self._finish_copies()
+            self._updates[version] = update if isinstance(update, AdapterNotice) else ray.put(update)
+            self._decide(version)
+            self._is_settled = False
+            try:
+                self.pipeline.call_all("switch_in_flight", version)  # the last stage tells it with a step's results
+            except StageLost as lost:  # who waits for the batch finds out too, and brings fresh stages to this version
+                logger.info("policy version %d was decided when stages were lost: %s", version, lost)
+            if isinstance(update, AdapterNotice):
+                self._begin_copy(update)
+        self._await_switch(version)
+        return True
+
+    def _await_switch(self, version: int) -> None:
+        """Until all stages serve a version, or the batch has ended: before they must not be given another update."""
+        while not self._is_settled:
+            try:
+                done = set(self.pipeline.call_all("policy_version")) == {version}
+                resident = self.pipeline.call_all("resident_versions")[0] if done else ()
+            except StageLost:
+                return
+            if not done:
+                time.sleep(SWITCH_POLL_S)
+                continue
+            with self._lock:
+                if not self._is_settled and self.official == version:
+                    self._is_settled = True
+                    self._keep({*resident, version})
+
+    def begin_batch(self) -> None:
+        """The stages are up and serve the official version; a batch begins, within which they may switch.
+
+        Raises:
+            StageLost: the stages are lost for good.
+        """
+        self.ensure()
+        self._in_batch = True
+
+    def end_batch(self) -> None:
+        """It has ended; stages that have not switched within it, as was decided, do so now.
+
+        Raises:
+            StageLost: the stages are lost for good.
+        """
+        with self._lock:
+            self._in_batch = False
+            if not self._is_settled:
+                self._keep(self._switch(self.official))
+
     def publish(self, update: AdapterUpdate | PackedAdapter | AdapterNotice) -> int:
         """Makes an update the official version on all stages.
 
@@ -149,8 +226,8 @@ class PolicyServer:
                     raise UpdateLost(refusals[0].text)
                 raise AdapterError(next(refusal.text for refusal in refusals if not refusal.lost))
             self._updates[version] = shared
-            resident = self._switch(version)
-            self._updates = {number: kept for number, kept in self._updates.items() if number in resident}
+            self._decide(version)
+            self._keep(self._switch(version))
             if isinstance(update, AdapterNotice):
                 self._begin_copy(update)
         return version
@@ -164,6 +241,7 @@ class PolicyServer:
         self._check_kept(version)
         with self._lock:
             self.ensure()
+            self._decide(version)
             self._switch(version)
         return version
 
@@ -239,14 +317,14 @@ class PolicyServer:
             except StageLost as lost:
                 self.recover(lost)
 
-    def _switch(self, version: int) -> set[int]:
-        """The decision, and then its execution: whoever dies from here on comes back at the new version.
-
-        Returns:
-            What the stages keep: no more can be rolled back to.
-        """
+    def _decide(self, version: int) -> None:
+        """Whoever dies from here on comes back at this version."""
         self.official = version
+        self.history.append(version)
         self._used(version)
+
+    def _switch(self, version: int) -> set[int]:
+        """Carries a decision out; gives what the stages keep: no more can be rolled back to."""
         while True:
             try:
                 resident = self.pipeline.call_all("commit_adapter", version)[0]
@@ -254,7 +332,11 @@ class PolicyServer:
             except StageLost as lost:
                 self.recover(lost)
         self.succeeded()
+        self._is_settled = True
         return {*resident, version}
+
+    def _keep(self, versions: set[int]) -> None:
+        self._updates = {number: kept for number, kept in self._updates.items() if number in versions}
 
     def _begin_copy(self, notice: AdapterNotice) -> None:
         if self.pipeline.stages:

@@ -104,6 +104,7 @@ class Rollout:
         self._aborts: set[str] = set()
         self._next_aborts = 0.0
         self._phase = "generating"
+        self._decided_before = len(server.history) - 1
         self.stats = RolloutStats(policy_version=server.official)
 
     def run(self) -> RolloutResult:
@@ -155,7 +156,7 @@ class Rollout:
 
     def _generate(self) -> None:
         """Asks the stages for what is missing, until it has come or they are lost."""
-        self._server.ensure()
+        self._server.begin_batch()
         self._counters = self._server.pipeline.counters()[0]
         batch = self._server.pipeline.begin(self._open_requests())
         next_watch = time.monotonic() + WATCH_S
@@ -165,6 +166,7 @@ class Rollout:
                 if time.monotonic() >= next_watch:
                     self._count(batch.watch()[0])
                     next_watch = time.monotonic() + WATCH_S
+            self._server.end_batch()
             self._count(self._server.pipeline.counters()[0])
         except StageLost:
             raise
@@ -204,12 +206,14 @@ class Rollout:
     def _accept(self, candidates: Sequence[Candidate]) -> None:
         """Notes candidates and hands them to the verifiers."""
         items = []
+        official = self._server.history[self._decided_before :]  # several only where the policy changed in flight
         for candidate in candidates:
             key = (candidate.request_id, candidate.index)
-            if candidate.policy_version != self._server.official:
+            made_by = {candidate.policy_version, *(candidate.token_versions or ())}
+            if not made_by <= set(official):
                 raise RuntimeError(
-                    f"candidate {key} was made by policy version {candidate.policy_version}, "
-                    f"official is {self._server.official}"
+                    f"candidate {key} was made by policy version {min(made_by - set(official))}, "
+                    f"official is {official[-1]}"
                 )
             if key not in self._missing:
                 raise RuntimeError(f"candidate {key} came twice or was not asked for")

@@ -101,8 +101,10 @@ class Rollouts:
 
         The rollout as a whole has no limit (a stalled one fails by ``limits.stall``), its progress calls have.
         """
-        self._begun.discard(begun)
-        return self._wait(begun, "the rollout", DAY_S, on_progress)
+        try:
+            return self._wait(begun, "the rollout", DAY_S, on_progress)
+        finally:
+            self._begun.discard(begun)
 
     def rollout(
         self,
@@ -122,13 +124,14 @@ class Rollouts:
         ref = self.handle.score.remote(list(answers), policy_version)
         return self._wait(ref, "the scoring", DAY_S, on_progress)
 
-    def publish(self, update: Any) -> int:
+    def publish(self, update: Any, in_flight: bool = False) -> int:
         """Makes an adapter the official policy on all stages or on none.
 
         Args:
             update: an ``AdapterUpdate``, or better the ObjectRef of what ``LearnerActor.adapter_update`` gives: then
                 its tensors never go through the driver. While a rollout runs the stages hold it already, so that they
                 have only to switch when it has ended.
+            in_flight: a rollout that runs goes on under the new policy; its candidates tell what made them.
 
         Returns:
             Its version.
@@ -140,9 +143,14 @@ class Rollouts:
         """
         from ray import ObjectRef
 
-        if self._begun and isinstance(update, ObjectRef):
-            self.handle.prepare.remote(update)
         try:
+            if self._begun and isinstance(update, ObjectRef):
+                if in_flight:
+                    done = wait(self.handle.publish_in_flight.remote(update), "the publication", self._limits.call)
+                    if done is not None:
+                        return int(done)
+                else:
+                    self.handle.prepare.remote(update)
             return self._change(self.handle.publish.remote(update), "the publication")
         except ActorLost as lost:
             if isinstance(update, ObjectRef):

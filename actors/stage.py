@@ -159,10 +159,16 @@ class StageActor:
         return list(self._engine.resident_versions)
 
     @ray.method(concurrency_group="control")
+    def switch_in_flight(self, version: int) -> None:
+        """The running batch goes on under a held version; see `StageEngine.switch_in_flight`."""
+        self._engine.switch_in_flight(version)
+
+    @ray.method(concurrency_group="control")
     def discard_adapter(self, version: int) -> None:
         """Forgets a held version."""
         self._engine.discard_adapter(version)
 
+    @ray.method(concurrency_group="control")
     def resident_versions(self) -> list[int]:
         """Versions that a commit can switch to without tensors."""
         return list(self._engine.resident_versions)

@@ -84,6 +84,7 @@ class Run:
         self.first_version = 0 if config.model.adapter is None else 1
         self.rounds_done = self.steps = 0
         self._ahead = getattr(getattr(config, algorithm.section), "async_steps", 0)
+        self._in_flight = getattr(getattr(config, algorithm.section), "in_flight", False)
         self._earlier = Earlier([], self._ahead, self.first_version, self.learner_path)
         self.before: Evaluation | None = None
         self.after: Evaluation | None = None
@@ -341,7 +342,8 @@ class Run:
         """The learner's adapter as it is now. If another actor than the learner is lost, so is the run."""
 
         def publish() -> int:
-            return self.session.publish(self.learner.adapter_update.remote(version, self.session.coordinator))
+            update = self.learner.adapter_update.remote(version, self.session.coordinator)
+            return self.session.publish(update, self._in_flight)
 
         self._keeping_learner(publish, UpdateLost)
 

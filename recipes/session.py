@@ -183,10 +183,10 @@ class Session:
         self.trained_prompts += all_prompts
         self.trained_tokens += tokens
 
-    def publish(self, update: Any) -> int:
-        """Makes an adapter (or the ref of one) the policy of all stages; returns its version."""
+    def publish(self, update: Any, in_flight: bool = False) -> int:
+        """Makes an adapter (or the ref of one) the policy of all stages (see `Rollouts.publish`); gives its version."""
         with self.console.phase("publishing"):
-            self.policy_version = self._rollouts.publish(update)
+            self.policy_version = self._rollouts.publish(update, in_flight)
         return self.policy_version
 
     def call(self, name: str, ref: Any) -> Any:

@@ -174,3 +174,15 @@ class GrpoSection(OptimizerSection):
         ge=0,
         description="Rounds that the rollout may run ahead of learning; the policy is that much older.",
     )
+    in_flight: bool = Field(
+        False,
+        description="A rollout that runs ahead goes on under each new policy at once, not only the next one.",
+    )
+
+    @model_validator(mode="after")
+    def _check_in_flight(self) -> GrpoSection:
+        if self.in_flight and not self.async_steps:
+            raise ValueError(
+                "in_flight needs a rollout that runs while the learner works; set async_steps to 1 or more"
+            )
+        return self

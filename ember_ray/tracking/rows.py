@@ -32,6 +32,7 @@ def group_row(group: ScoredGroup, **extra: Any) -> dict[str, Any]:
                 "reason": scored.reason,
                 "policy_version": made.policy_version,
                 "cache_exact": made.cache_exact,
+                **({"token_versions": made.token_versions, "spans": made.spans} if made.token_versions else {}),
             }
         )
     return {

@@ -113,6 +113,17 @@ def test_a_learner_killed_before_its_update_was_read_changes_nothing(server, lea
     assert server.publish(make_update(version)) == version  # a fresh learner's, which learnt the same again
 
 
+def test_a_stage_dies_at_a_switch_within_a_batch(server, make_update) -> None:
+    version = server.highest + 1
+    assert not server.publish_in_flight(pack_adapter(make_update(version)))  # there is no batch
+    server.begin_batch()
+    server.pipeline.kill_before = "switch_in_flight"
+    assert server.publish_in_flight(pack_adapter(make_update(version)))
+    server.end_batch()
+    assert server.official == version
+    assert server.pipeline.call_all("policy_version") == [version, version]
+
+
 def test_an_update_that_was_written_over_is_refused(server, learner, tiny_model) -> None:
     before, version = server.official, server.highest + 1
     notices = [learner(there.write_adapter, tiny_model, version + number, number) for number in range(3)]
