@@ -19,7 +19,7 @@ from tests.support.direct_forward import DirectForward
 
 ROLLOUTS = 12
 ROUNDING = 1e-3
-"""Of sums in float32, with logits up to about 80; another version is 0.1 and more away."""
+"""Of sums in float32; a candidate of another version is further away."""
 
 
 def _prompts(make_rows, dice: random.Random) -> list[PromptRow]:
