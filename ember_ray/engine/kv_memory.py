@@ -45,6 +45,17 @@ def adapter_bytes(model: StageModel) -> int:
     return (VERSIONS_KEPT + 1 + SHAPES_KEPT) * one
 
 
+def between_stages_bytes(options: EngineOptions, model: StageModel) -> int:
+    """Bytes of what the trial of a stage does not see: hidden states that are kept until they have left, one that has
+    come, and queries of prompts and decodes that share a pass."""
+    if model.is_first and model.is_last:
+        return 0
+    stages, config = len(options.layer_split), model.config
+    hidden = (options.micro_batches or stages) * (stages - 1) + 2
+    row = hidden * config.hidden_size + config.num_attention_heads * config.head_dim
+    return options.max_num_batched_tokens * row * model.dtype.itemsize
+
+
 @torch.inference_mode()
 def fitting_kv_blocks(options: EngineOptions, model: StageModel, prefill_backend: str) -> int:
     """Runs the largest forward passes once, with a small cache, and gives the rest of the stage's share to KV blocks.
@@ -55,6 +66,7 @@ def fitting_kv_blocks(options: EngineOptions, model: StageModel, prefill_backend
         KvMemoryError: not even one sequence of a block fits.
     """
     needed = _needed_bytes(options, model, prefill_backend) + adapter_bytes(model)
+    needed += between_stages_bytes(options, model)
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     held = torch.cuda.memory_reserved()

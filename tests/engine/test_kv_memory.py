@@ -9,8 +9,15 @@ import torch
 
 from benchmarks.rollout_engines import random_adapter
 from ember_ray.engine import kv_memory
-from ember_ray.engine.kv_memory import RESERVE, KvMemoryError, fitting_kv_blocks, kv_block_bytes
+from ember_ray.engine.kv_memory import (
+    RESERVE,
+    KvMemoryError,
+    between_stages_bytes,
+    fitting_kv_blocks,
+    kv_block_bytes,
+)
 from ember_ray.engine.options import EngineOptions
+from ember_ray.model.qwen3 import StageModel
 from ember_ray.model.qwen3_config import read_model_config
 from tests.support.qwen3 import make_qwen3, stage_model
 
@@ -52,6 +59,18 @@ def test_room_is_left_for_all_adapters_that_may_be_resident(tmp_path: Path, monk
     one = sum(tensor.numel() for tensor in update.tensors.values()) * 4 / 8 * 2**20 / GIB
     left = fitting(tmp_path, monkeypatch, free=920, total=1000, held=8, share=0.45)
     assert left - without == pytest.approx(0.45 * 900 - 11 * one, rel=1e-3)
+
+
+def test_room_is_left_for_what_travels_between_stages(tmp_path: Path) -> None:
+    make_qwen3(tmp_path)
+    config = read_model_config(tmp_path)
+    options = EngineOptions(str(tmp_path), layer_split=(1, 2), micro_batches=3, max_num_batched_tokens=128)
+    first, whole = (
+        StageModel(tmp_path, config, range(end), torch.float32, "cpu", 64) for end in (1, config.num_hidden_layers)
+    )
+    row = 5 * config.hidden_size + config.num_attention_heads * config.head_dim  # three sent, one more, one received
+    assert between_stages_bytes(options, first) == 128 * 4 * row
+    assert between_stages_bytes(options, whole) == 0
 
 
 def test_no_room_is_refused_with_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

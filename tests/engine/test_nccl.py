@@ -66,10 +66,10 @@ def _message(value: float) -> torch.Tensor:
 
 
 def _talk(transport: ProcessGroupTransport) -> tuple[bool, bool, list[float]]:
-    """Whether NCCL was used, whether the host was ahead of its GPU in the end, and the mean of each message."""
+    """Whether NCCL was used, whether the host was ahead of its GPU in the end, and what was in each message."""
     # what is set up at its first use must not be in the way: kernels, and memory for all messages
     warm = [_message(0.0) for _ in range(3 * COUNT)]
-    means = [message.float().mean() for message in warm[:1]]
+    values = [value for message in warm[:1] for value in message.float().aminmax()]
     warm.clear()
     torch.cuda.synchronize()
     for tag in range(COUNT):
@@ -79,27 +79,29 @@ def _talk(transport: ProcessGroupTransport) -> tuple[bool, bool, list[float]]:
             transport.send(_message(float(tag + 1)), 1, tag)  # the transport alone keeps it
             _message(-1.0)
         else:
-            means.append(transport.receive(_message(-2.0), 0, tag).float().mean())
+            values += transport.receive(_message(-2.0), 0, tag).float().aminmax()
     behind = torch.cuda.Event()
     behind.record()
     was_ahead = not behind.query()
     transport.flush()
     torch.cuda.synchronize()
     transport.check()
-    return transport.is_ahead, was_ahead, [float(mean) for mean in means[1:]]
+    return transport.is_ahead, was_ahead, [float(value) for value in values[2:]]
 
 
 def test_messages_come_in_the_order_of_the_streams_and_no_host_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are made behind a long kernel, and used at once on the other side."""
     first, second = in_processes(_talk, monkeypatch)
     assert first == (True, True, [])
-    assert second == (True, True, [float(tag + 1) for tag in range(COUNT)])
+    assert second == (True, True, [float(tag + 1) for tag in range(COUNT) for _ in ("least", "most")])
 
 
 def _is_left(transport: ProcessGroupTransport) -> tuple[str, float]:
     """What the second stage is told when the first one has died, and what its GPU computes then."""
     if transport.rank == 0:
+        transport.receive(torch.zeros(1), 1, 0)  # then both have met
         os._exit(9)
+    transport.send(torch.zeros(1), 0, 0)
     try:
         message = transport.receive(_message(0.0), 0, 1)
         float(message.sum())  # the host waits for the GPU, which waits for the peer until the time limit
