@@ -6,7 +6,7 @@ waits there, which is nobody's work. ``rest`` is the measured step less the othe
 positions and the cache write, embedding, append of tokens, SwiGLU where it is no part of a product), the gaps between
 kernels, and between steps. So the five add up to the step.
 
-In engines of more than 32 rows attention over prompts (and over whole pieces of long answers) is one kernel; that over
+In engines of more than 8 rows attention over prompts (and over whole pieces of long answers) is one kernel; that over
 the ends of answers, which also merges the parts, is another and begins beside the first: only what it takes longer is
 its own. In engines of fewer rows one kernel does both, and counts as attention over prompts.
 """

@@ -35,6 +35,13 @@ __device__ __forceinline__ int load_acquire(const int* from) {
   return value;
 }
 
+// The next kernel starts no sooner: so all that stood before this one in the stream has ended when the next layer's
+// attention reads the K and V of earlier steps.
+__device__ __forceinline__ void wait_then_trigger() {
+  wait_for_predecessor();
+  let_successor_start();
+}
+
 template <class T, int D>
 __global__ void __launch_bounds__(kThreads, 2) few_kernel(const __grid_constant__ Problem p) {
   extern __shared__ __align__(128) char bytes[];
@@ -152,10 +159,7 @@ __global__ void __launch_bounds__(kThreads, 2) few_kernel(const __grid_constant_
                                          head * share + row % share
                                    : -1;
     }
-    if (first) {
-      wait_for_predecessor();
-      let_successor_start();
-    }
+    if (first) wait_then_trigger();
     if (!early) {
       if (__ldcg(length) <= item.live_above) return;
       copy_tokens(table, item.tokens, head);
@@ -229,10 +233,7 @@ __global__ void __launch_bounds__(kThreads, 2) few_kernel(const __grid_constant_
     const int* const table = p.suffix_blocks + start;
     if (early_tokens > 0) copy_tokens(table + (early_begin >> block_shift), early_tokens, head);
     const int prefix_pieces = group < 0 ? 0 : (__ldg(p.prefix_lens + group) + kPiece - 1) / kPiece;
-    if (first) {
-      wait_for_predecessor();
-      let_successor_start();
-    }
+    if (first) wait_then_trigger();
     const int length = group < 0 ? 0 : __ldcg(p.suffix_lens + row);
     T* const to = static_cast<T*>(p.out) + ((int64_t)row * p.heads + head * share) * D;
     if (length <= 0) {

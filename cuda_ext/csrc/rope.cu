@@ -52,6 +52,7 @@ __device__ __forceinline__ void load_floats(float (&to)[kWidth], const float* fr
 // Heads of a thread, which share the cosines and sines. On an H200, two take 61 instead of 65 us at 8192 tokens, but 1.7
 // instead of 1.5 at one and 7.4 instead of 6.8 at 800: decode steps count more.
 constexpr int kHeadsEach = 1;
+constexpr unsigned kFewTokens = 8;
 
 template <class T, int kWidth>
 __global__ void __launch_bounds__(512) rope_write_kernel(const RopeWrite<T> op) {
@@ -71,8 +72,12 @@ __global__ void __launch_bounds__(512) rope_write_kernel(const RopeWrite<T> op) 
       weight_second[i] = load_vector<kWidth>(weight + half);
     }
   }
+  // In a step of few tokens attention asks for the prompt's K and V meanwhile: on an H200 a step of Qwen3-4B takes 2.66
+  // instead of 2.71 ms at one token, 3.00 instead of 3.03 at 8.
+  const bool few_tokens = gridDim.x <= kFewTokens;
+  if (few_tokens) let_successor_start();
   wait_for_predecessor();
-  let_successor_start();
+  if (!few_tokens) let_successor_start();
   float cosine[kWidth], sine[kWidth], squares[kHeadsEach];
   const int64_t position = op.positions[token], slot = op.slots[token];
 #pragma unroll

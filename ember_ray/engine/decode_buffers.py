@@ -37,16 +37,19 @@ _ROW_DTYPES = {
 }
 
 
-FEW_ROWS, MANY_ROWS_SPLIT = 32, 1024
+ROWS_AND_SPLITS = ((8, FEW_ROWS_SPLIT_TOKENS), (32, 256))
+MANY_ROWS_SPLIT = 1024
 
 
 def split_tokens(rows: int, block_size: int) -> int:
     """Tokens of a piece of attention's work in an engine of at most ``rows`` rows.
 
     Long pieces leave few partial results to merge, short ones let many multiprocessors share a few sequences. Fixed for
-    an engine, so that a row's result never depends on what else is in the batch.
+    an engine, so that a row's result never depends on what else is in the batch. On an H200, prompts of 2048 tokens, a
+    layer with its rotation takes 8.1 us for one row and 10.7 for a group of 8 in pieces of 128, which one launch does,
+    and 11.3 and 11.9 in pieces of 256; for 4 groups of 8 it is 27.9 against 25.7.
     """
-    split = FEW_ROWS_SPLIT_TOKENS if rows <= FEW_ROWS else MANY_ROWS_SPLIT
+    split = next((split for most, split in ROWS_AND_SPLITS if rows <= most), MANY_ROWS_SPLIT)
     return SPLIT_TOKENS if split % block_size else split
 
 
