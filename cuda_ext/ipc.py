@@ -58,6 +58,7 @@ def export_memory(tensor: Tensor) -> tuple[IpcMemory, int]:
         RuntimeError: the memory cannot be shown.
     """
     with torch.cuda.device(tensor.device):
+        torch.cuda.current_stream().synchronize()  # makes the context that the driver needs, in whatever thread
         pointer = tensor.untyped_storage().data_ptr()
         base, size, handle = ctypes.c_uint64(), ctypes.c_size_t(), _Handle()
         _call("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), ctypes.c_uint64(pointer))

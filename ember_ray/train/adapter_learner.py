@@ -194,6 +194,8 @@ class AdapterLearner(abc.ABC):
             arguments = self._arguments(output_dir, device)
             self._trainer = self._make_trainer(TrainerParts(model, config, tokenizer, arguments, [self._watch]))
             self._trainer.remove_callback(PrinterCallback)
+            if self._shared is not None:
+                self._shared.gather(self.model)
             check_patterns(self.lora, adapter_scaling(self.model))
             optimizer = self._trainer.create_optimizer()
         schedule, warmup, planned = options.lr_scheduler_type, options.whole_warmup_steps, options.planned_steps

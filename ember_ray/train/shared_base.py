@@ -47,7 +47,7 @@ class SharedBase:
     Args:
         folder: Hugging Face folder of the model; its weights are not read.
         base: all weights, by the names of ``StageModel.base``. Layers that lie on two GPUs make a model that is cut
-            between the same layers: hidden states go from one GPU to the other, and logits come back to the first.
+            between the same layers: hidden states go from one GPU to the other, see also `gather`.
         dtype: that the weights must have.
 
     Raises:
@@ -73,6 +73,19 @@ class SharedBase:
         self.model.model.rotary_emb = type(rotary)(config=config).to(self.model.model.embed_tokens.weight.device)
         _cut(self.model)
         self.model.eval()
+
+    def gather(self, wrapped: Any) -> None:
+        """Lets what a model cut in two computes come back to where its input was.
+
+        Args:
+            wrapped: the model in PEFT's, which trainers call; they may have replaced this one's own ``forward``.
+        """
+        if not hasattr(self.model, "hf_device_map"):
+            return
+        from accelerate.utils import send_to_device
+
+        first = self.model.model.embed_tokens.weight.device
+        wrapped.register_forward_hook(lambda module, given, output: send_to_device(output, first))
 
     def open(self, base: Mapping[str, Tensor]) -> None:
         """Puts other tensors with the same values in the place of those before, which are let go.
@@ -116,4 +129,3 @@ def _cut(model: Any) -> None:
     model.hf_device_map = devices
     for name, part in parts.items():
         add_hook_to_module(part, AlignDevicesHook(execution_device=devices[name]))
-    add_hook_to_module(model, AlignDevicesHook(execution_device=devices["model.embed_tokens"], io_same_device=True))
