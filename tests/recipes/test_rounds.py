@@ -54,7 +54,7 @@ class Simulated:
     def call(self, phase: str, ref: Any) -> Any:
         return ref[0].answer(*ref[1:])
 
-    def publish(self, update: Any) -> None:
+    def publish(self, update: Any, in_flight: bool = False) -> None:
         version = update.version if isinstance(update, AdapterUpdate) else update[2][0]
         assert version > self.policy_version
         self.policy_version = version
@@ -202,7 +202,7 @@ class Actors:
     def call(self, phase: str, ref: Any) -> Any:
         return ref[0].answer(*ref[1:])
 
-    def publish(self, ref: Any) -> None:
+    def publish(self, ref: Any, in_flight: bool = False) -> None:
         if self.losses[:1] == ["coordinator"]:
             raise ActorLost("the coordinator was cut off")
         ref[0].answer(*ref[1:])
