@@ -9,8 +9,9 @@ choosing among N candidates gives without learning.
 from __future__ import annotations
 
 from ember_ray.config.schema import BestOfNExtractConfig
+from recipes.command import recipe_main
 from recipes.learners import BEST_OF_N
-from recipes.run import Run, recipe_main
+from recipes.run import Run
 
 
 def loop(run: Run) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from ember_ray.config.schema import BestOfNSqlConfig
 from recipes.best_of_n_extract import loop
+from recipes.command import recipe_main
 from recipes.learners import BEST_OF_N
-from recipes.run import recipe_main
 
 if __name__ == "__main__":
     recipe_main(BestOfNSqlConfig, BEST_OF_N, loop, "best_of_n_sql", "Best-of-N on text-to-SQL", __doc__)

@@ -8,8 +8,9 @@ are never learnt from, are measured before the first and after the last round.
 from __future__ import annotations
 
 from ember_ray.config.schema import DpoExtractConfig
+from recipes.command import recipe_main
 from recipes.learners import DPO
-from recipes.run import Run, recipe_main
+from recipes.run import Run
 
 
 def loop(run: Run) -> None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections import deque
 
 from ember_ray.config.schema import GrpoExtractConfig
+from recipes.command import recipe_main
 from recipes.learners import GRPO
-from recipes.run import Run, recipe_main
+from recipes.run import Run
 from recipes.session import PendingRollout
 
 

@@ -6,7 +6,6 @@ A recipe's loop calls the methods of `Run` in the order in which things happen; 
 from __future__ import annotations
 
 import random
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 from actors.calls import ActorLost, UpdateLost
 from actors.messages import PromptRow, RolloutResult, RolloutStats, added
 from ember_ray.config import signals
-from ember_ray.config.cli import run_cli
 from ember_ray.config.errors import UserError
 from ember_ray.config.schema import LearnConfig
 from ember_ray.data.example import Example
@@ -39,7 +37,7 @@ from ember_ray.train.preferences import answers_to_score, reference_scores
 from recipes.earlier import Earlier, forget_before, kept
 from recipes.learners import Algorithm, shares_base, start_learner
 from recipes.session import PendingRollout, Session
-from recipes.setup import highest_reward, load_rows, model_path, plan, sampling_params
+from recipes.setup import highest_reward, load_rows, model_path, sampling_params
 from recipes.tasks import task_of
 
 MAY_DIFFER = ("resume", "output_dir", "tracker", "ray")
@@ -475,46 +473,3 @@ def _sample_rows(groups: list[ScoredGroup]) -> Iterator[dict[str, Any]]:
                 "reward": scored.reward,
                 "verdict": verdict(scored),
             }
-
-
-def recipe_main(
-    config_class: type[LearnConfig], algorithm: Algorithm, loop: Callable[[Run], None], name: str, title: str, doc: str
-) -> None:
-    """The command line of a training recipe; what was learnt until Ctrl-C or a failure is kept and reported.
-
-    Args:
-        name: of the module, which is also that of the shipped configuration.
-        title: the first line on the console.
-        doc: the module's docstring; what stands behind its first paragraph describes the recipe in ``--help``.
-    """
-
-    def main(config: LearnConfig) -> None:
-        with Console() as console:
-            console.title(title, config.name)
-            run = Run(config, algorithm, console)
-            status = "failed"
-            try:
-                run.run(loop)
-                status = "finished"
-            except KeyboardInterrupt:
-                status = "interrupted"
-                raise
-            finally:
-                if hasattr(run, "session"):
-                    run.finish(status)
-
-    sys.exit(
-        run_cli(
-            config_class,
-            prog=f"python -m recipes.{name}",
-            description=doc.split("\n\n", 1)[1],
-            main=main,
-            default_config=name,
-            plan=lambda config: plan(config, algorithm),
-            user_errors=(
-                "ember_ray.model.qwen3_config:ModelError",
-                "ember_ray.engine.scheduler:RequestError",
-                "ember_ray.train.errors:LearnerError",
-            ),
-        )
-    )

@@ -8,8 +8,9 @@ sft.faults=0 gives clean ones. Held-out prompts are measured before the first an
 from __future__ import annotations
 
 from ember_ray.config.schema import SftExtractConfig
+from recipes.command import recipe_main
 from recipes.learners import SFT
-from recipes.run import Run, recipe_main
+from recipes.run import Run
 
 
 def loop(run: Run) -> None:

@@ -7,8 +7,8 @@ Queries are judged by what they return on SQLite databases (``verifiers/sql.py``
 from __future__ import annotations
 
 from ember_ray.config.schema import SftSqlConfig
+from recipes.command import recipe_main
 from recipes.learners import SFT
-from recipes.run import recipe_main
 from recipes.sft_extract import loop
 
 if __name__ == "__main__":
