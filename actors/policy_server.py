@@ -22,6 +22,9 @@ BASE_VERSION = 0
 COPY_LIMIT_S = 60.0
 """How long a copy of an adapter may take; it has been under way since the publication before."""
 
+ADAPTERS_KEPT = 8
+"""As many as a stage keeps resident (`AdapterSlots`), those that were in use last."""
+
 SWITCH_POLL_S = 0.002
 """How often stages are asked whether they have switched within a batch."""
 
@@ -57,8 +60,8 @@ class PolicyServer:
         self._updates: dict[int, Any] = {}
         """By version, the one in use last behind the others, as the stages have them: refs of packed adapters, of the
         newest one its notice."""
-        self._copies: dict[int, Any] = {}
-        """By version: copies that are being taken, as refs."""
+        self._copies: dict[int, tuple[Any, Any]] = {}
+        """By version: copies that are being taken, as refs, and refs that tell that they are there."""
         self._lock = threading.RLock()
         self._prepared: int | None = None
         self._in_batch = False
@@ -145,6 +148,7 @@ class PolicyServer:
             self._finish_copies()
             self._updates[version] = update if isinstance(update, AdapterNotice) else ray.put(update)
             self._decide(version)
+            self._keep(set(list(self._updates)[-ADAPTERS_KEPT:]))  # the stages will; fresh ones have no room for more
             self._is_settled = False
             try:
                 self.pipeline.call_all("switch_in_flight", version)  # the last stage tells it with a step's results
@@ -190,6 +194,7 @@ class PolicyServer:
             self._in_batch = False
             if not self._is_settled:
                 self._keep(self._switch(self.official))
+            self._finish_copies()
 
     def publish(self, update: AdapterUpdate | PackedAdapter | AdapterNotice) -> int:
         """Makes an update the official version on all stages.
@@ -214,7 +219,7 @@ class PolicyServer:
                     f"policy version {version} is not new (highest so far {self.highest}); versions are never reused"
                 )
             before, self.highest = self.highest, version
-            self._finish_copies()
+            self._finish_copies()  # of the version before, whose buffer may be written after this publication
             if isinstance(update, AdapterNotice):
                 shared: Any = update
             else:
@@ -349,9 +354,9 @@ class PolicyServer:
         from ray.exceptions import RayError
 
         copies, self._copies = self._copies, {}
-        for version, ref in copies.items():
+        for version, (ref, done) in copies.items():
             try:
-                ray.get(ref, timeout=COPY_LIMIT_S)
+                ray.get(done, timeout=COPY_LIMIT_S)
             except RayError as error:
                 logger.warning("no copy was taken of policy version %d: %s", version, first_line(error))
                 continue
@@ -361,6 +366,8 @@ class PolicyServer:
     def _restore(self) -> None:
         """Gives fresh stages every version that is kept, in the order of their numbers; then they are used in the order
         in which they were, so that the same ones will leave, the official one last."""
+        from ember_ray.model.adapter_outbox import AdapterNotice
+
         self._finish_copies()
         for version, shared in sorted(self._updates.items()):
             refusals = [refusal for refusal in self.pipeline.call_all("stage_adapter", shared) if refusal]
@@ -369,6 +376,9 @@ class PolicyServer:
             self.pipeline.call_all("commit_adapter", version)
         for version in [*self._updates, self.official]:
             self.pipeline.call_all("commit_adapter", version)
+        for shared in self._updates.values():
+            if isinstance(shared, AdapterNotice):
+                self._begin_copy(shared)
 
     def _used(self, version: int) -> None:
         if version in self._updates:

@@ -141,9 +141,9 @@ class StageActor:
             return Refusal(f"policy version {update.version} cannot be read: {loss}", lost=True)
         return None
 
-    @ray.method(concurrency_group="control")
-    def adapter_copy(self, notice: AdapterNotice) -> PackedAdapter:
-        """What a notice tells of, as a copy that outlives the learner's buffer."""
+    @ray.method(concurrency_group="control", num_returns=2)
+    def adapter_copy(self, notice: AdapterNotice) -> tuple[PackedAdapter, None]:
+        """What a notice tells of, as a copy that outlives the learner's buffer; and nothing, which is quick to get."""
         from dataclasses import replace
 
         from actors.adapter_wire import pack_adapter
@@ -151,7 +151,7 @@ class StageActor:
 
         with self._engine.beside():
             adapter = self._inbox.read(notice)
-            return pack_adapter(update_of(replace(adapter, flat=adapter.flat.cpu())))
+            return pack_adapter(update_of(replace(adapter, flat=adapter.flat.cpu()))), None
 
     def commit_adapter(self, version: int) -> list[int]:
         """Switches to a held or resident version; gives the versions that are resident from then on."""

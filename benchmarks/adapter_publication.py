@@ -4,8 +4,9 @@
 
 A learner actor takes real optimizer steps (fused AdamW) on the adapter's tensors, and the recipes' own way brings them
 to one stage on the same GPU: the learner writes its next buffer, the stage reads it by CUDA IPC, all confirm, and
-switch. ``publish_ms`` is wall time from the end of the optimizer step, its kernels included, in the learner's process
-until the driver knows that the stage has switched; both read the same clock of the host.
+switch. Between two publications there is a rollout, a short one. ``publish_ms`` is wall time from the end of the
+optimizer step, its kernels included, in the learner's process until the driver knows that the stage has switched; both
+read the same clock of the host.
 
 Keys that need a word:
   write_ms    of publish_ms, the learner's part inside its process: tensors into the buffer, with checksums
@@ -115,13 +116,19 @@ class Publications:
     def measure(self, rank: int, modules: str) -> dict[str, Any]:
         import ray
 
+        from actors.messages import PromptRow
+        from ember_ray.data.example import Example
+        from ember_ray.engine.sampling_params import SamplingParams
+
         options, rollouts = self._options, self._rollouts
         actor: Any = ray.remote(num_cpus=0, num_gpus=0.25 if options.device == "cuda" else 0)(Learner)
         learner = actor.remote(
             str(self._folder), options.device, options.dtype, rank, MODULES[modules], rollouts.handle
         )
+        row = PromptRow(Example("row", [{"role": "user", "content": "any"}], {"total": 1}), tuple(range(5, 60)))
         publish, write, call, store = [], [], [], []
         for _ in range(WARM_UPS + options.repetitions):
+            rollouts.rollout([row], 1, SamplingParams(max_tokens=8), self._version)
             ended = ray.get(learner.step.remote())
             rollouts.publish(learner.adapter_update.remote(self._next()))
             publish.append(1e3 * (time.monotonic() - ended))
