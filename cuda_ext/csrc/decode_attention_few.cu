@@ -149,7 +149,8 @@ __global__ void __launch_bounds__(kThreads, 2) few_kernel(const __grid_constant_
   auto item_unit = [&](const Item& item, int head, bool first) {
     const int* const table = (item.kind == 0 ? p.prefix_blocks : p.suffix_blocks) + item.first_block;
     const int* const length = p.suffix_lens + item.first_row;
-    // A length read here may be that of the step before; it never shrinks.
+    // A length read here may be that of the step before. It shrinks only where a row has ended: what is counted too much
+    // then belongs to that row, and goes before the row gets another owner.
     const bool early = item.kind == 0 || __ldcg(length) > item.live_above;
     if (early) copy_tokens(table, item.tokens, head);
     const int count = item.num_rows * share;

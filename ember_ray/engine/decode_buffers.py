@@ -123,6 +123,9 @@ class DecodeBuffers:
         slot = np.full(self._rows, -1, dtype=np.int32)
         slot[: len(rows["slot"])] = rows["slot"]
         self._buffers.fill(rows | {"slot": slot, "step": np.zeros(1, np.int32)})
+        # A row that ended in the plan before may have left counts: its suffix shrinks then, and a launch that still saw
+        # the long one has counted pieces that nobody waits for. The row's next owner must not take them for its own.
+        self._groups.arrivals.zero_()
         staging = torch.from_numpy(groups.storage)
         if self._groups.storage.is_cuda:
             staging = staging.pin_memory()

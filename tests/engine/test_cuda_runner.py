@@ -143,6 +143,20 @@ def test_any_number_of_query_heads_may_share_a_kv_head(share: int) -> None:
         assert groups.heads_per_kv_head == share and int(items[:, 1].sum()) == count
 
 
+def test_a_row_finds_no_counts_of_the_one_that_ended_there() -> None:
+    buffers = DecodeBuffers(8, 16, 2, "cpu")
+    group = PromptGroup((5, 6), 0, 16, 0, False, block_table=[0])
+    row = Sequence(group, 0, "r", 0, 0, PARAMS[0], 0, 14, block_table=[1], num_computed=1)
+    assert buffers.groups.arrivals.numel(), "an engine of few rows counts"
+    buffers.groups.arrivals.fill_(1)
+    buffers.prepare([row], [1])
+    buffers.fill({"slot": np.zeros(1, np.int32)})
+    assert not buffers.groups.arrivals.any()
+    buffers.groups.arrivals.fill_(1)
+    buffers.clear()
+    assert not buffers.groups.arrivals.any()
+
+
 def fail_at(engine: StageEngine, runner: Any, step: int, fault: BaseException) -> Any:
     """Makes the runner fail behind so many plans; returns what undoes it."""
     run, seen = runner.run, []
