@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cuda_ext.checked_copy import checked_copy, copy_table, on_host
+from cuda_ext.library import DTYPES
 from cuda_ext.lora import FusedLora, LoraPart
 from ember_ray.model.lora import AdapterError, AdapterUpdate, LoraLayers
 from ember_ray.model.qwen3 import FUSED, LayerLora
@@ -178,7 +179,8 @@ class AdapterPacker:
         self.layout, self.scaling, self._sources = adapter_layout(checked, shapes)
         self._dtype, tensors = dtype, self._sources
         one_gpu = tensors[0].is_cuda and len({tensor.device for tensor in tensors}) == 1
-        self._gathered = Gathered.of(tensors, self.layout, tensors[0].device) if one_gpu else None
+        gathered = Gathered.of(tensors, self.layout, tensors[0].device) if one_gpu else None
+        self._gathered = gathered if gathered is not None and gathered.reads(tensors) else None
 
     @torch.no_grad()
     def pack(self, version: int, out: Tensor | None = None) -> FlatAdapter:
@@ -226,7 +228,7 @@ class Gathered:
         """
         device = torch.device(device)
         tensors = [tensor.detach() for tensor in tensors]
-        if len({tensor.dtype for tensor in tensors}) > 1:
+        if len({tensor.dtype for tensor in tensors}) > 1 or tensors[0].dtype not in DTYPES:
             tensors = [tensor.float() for tensor in tensors]
         if any(tensor.is_cuda for tensor in tensors):
             tensors = [tensor.to(device) for tensor in tensors]
@@ -246,6 +248,10 @@ class Gathered:
             base = base.to(device, non_blocking=True)
         table = copy_table([(begin, *place) for begin, place in zip(begins, places, strict=True)], device)
         return cls(base, table, dtype, tuple(tensors))
+
+    def reads(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether it copies out of these very tensors, and so what they will have become, and not out of casts."""
+        return all(kept.data_ptr() == tensor.data_ptr() for kept, tensor in zip(self.sources, tensors, strict=True))
 
     def copy_to(self, flat: Tensor) -> Tensor:
         """Copies all pieces; returns what ``checked_copy`` has seen."""

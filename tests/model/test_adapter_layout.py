@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cuda_ext.library import DTYPES
 from ember_ray.model.adapter_layout import (
     ALIGNMENT,
     AdapterLayout,
@@ -136,6 +137,27 @@ def test_tensors_of_one_storage_travel_as_that_storage() -> None:
         gathered.copy_to(flat)
         for tensor, view in zip(tensors, layout.views(flat).values(), strict=True):
             assert torch.equal(tensor, view)
+
+
+def test_what_had_to_be_cast_or_moved_together_is_known_to_be_a_copy() -> None:
+    layout = AdapterLayout.of({(0, "q_proj"): 2, (0, "down_proj"): 3}, SHAPES)
+    plain = [torch.randn(piece.shape) for piece in layout.pieces]
+    assert Gathered.of(plain, layout, "cpu").reads(plain)
+    mixed = [plain[0].bfloat16(), *plain[1:]]
+    turned = [plain[0].t().contiguous().t(), *plain[1:]]
+    for tensors in (mixed, turned):
+        assert not Gathered.of(tensors, layout, "cpu").reads(tensors)
+
+
+def test_tensors_of_a_dtype_that_no_kernel_computes_in_are_cast_before() -> None:
+    layout = AdapterLayout.of({(0, "q_proj"): 2}, SHAPES)
+    tensors = [torch.randn(piece.shape, dtype=torch.float64) for piece in layout.pieces]
+    gathered = Gathered.of(tensors, layout, "cpu")
+    assert gathered.dtype in DTYPES
+    flat = torch.zeros(layout.numel)
+    gathered.copy_to(flat)
+    for tensor, view in zip(tensors, layout.views(flat).values(), strict=True):
+        assert torch.equal(tensor.float(), view)
 
 
 BROKEN = (
