@@ -84,6 +84,7 @@ class Run:
         self._ahead = getattr(getattr(config, algorithm.section), "async_steps", 0)
         self._in_flight = getattr(getattr(config, algorithm.section), "in_flight", False)
         self._earlier = Earlier([], self._ahead, self.first_version, self.learner_path)
+        self._versions: list[int] = []  # after each whole round
         self.before: Evaluation | None = None
         self.after: Evaluation | None = None
         self.mismatch: dict[str, dict[str, float]] = {}
@@ -241,7 +242,9 @@ class Run:
             self._learnt_from, self._revivals = None, 0
             self.rounds_done = number
             self.steps += int(learnt.get("steps", 0))
-        forget_before(self.learner_path, session.policy_version - self._ahead)
+        self._versions.append(session.policy_version)
+        # a resume needs those of the last rounds; numbers may have gaps (`VersionJournal`)
+        forget_before(self.learner_path, self._versions[max(0, len(self._versions) - 1 - self._ahead)])
         self.tracker.log(metrics, step=number)
         if result is not None:
             self.tracker.log_samples(number, list(_sample_rows(result.groups[:4])))
@@ -391,6 +394,7 @@ class Run:
         self.rounds_done = self._keeping_learner(self._load_state)
         rows = self.folder.keep_rounds(self.rounds_done)
         self._earlier = Earlier(rows, self._ahead, self.first_version, self.learner_path)
+        self._versions = [int(row["policy_version"]) for row in rows]
         self.steps = sum(int(row.get("steps", 0)) for row in rows)
         counted = ("generated_tokens", "prefill_tokens", "prefix_hit_tokens", "preemptions", "recoveries")
         for row in rows:

@@ -42,10 +42,10 @@ def test_sft_takes_the_rows_a_round_that_it_is_told(tmp_path: Path) -> None:
 
 class Simulated:
     """A session whose rollouts are over at once. Every prompt costs as many tokens as `cost` says of its place in the
-    run; of each rollout the first `refilled` prompts are replaced."""
+    run; of each rollout the first `refilled` prompts are replaced. The version `taken` was another adapter's before."""
 
-    def __init__(self, cost: Callable[[int], int], refilled: int = 0) -> None:
-        self.cost, self.refilled = cost, refilled
+    def __init__(self, cost: Callable[[int], int], refilled: int = 0, taken: int = 0) -> None:
+        self.cost, self.refilled, self.taken = cost, refilled, taken
         self.totals = RolloutStats()
         self.policy_version = self.trained_prompts = self.trained_tokens = self.pending_prompts = self.rolled = 0
 
@@ -56,6 +56,8 @@ class Simulated:
 
     def publish(self, update: Any, in_flight: bool = False) -> None:
         version = update.version if isinstance(update, AdapterUpdate) else update[2][0]
+        if self.taken:  # as the journal numbers
+            version = self.taken + 1 if version == self.taken else max(version, self.policy_version + 1)
         assert version > self.policy_version
         self.policy_version = version
 
@@ -144,6 +146,17 @@ def test_a_resumed_run_begins_the_rounds_that_were_to_come_as_they_were_to_be(
             assert (again.rounds_done, session.policy_version, again.learner.rounds) == (len(whole),) * 3
             kept = {int(path.name.removeprefix("policy_v")) for path in again.learner_path.glob("policy_v*")}
             assert kept == (set(range(len(whole) - ahead, len(whole) + 1)) if ahead else set())
+
+
+@pytest.mark.parametrize("ahead", [1, 2])
+def test_a_resumed_run_finds_its_policies_where_a_number_was_left_out(ahead: int, tmp_path: Path) -> None:
+    whole = simulate(budgeted(tmp_path / "whole", ahead, None, 5), Simulated(cheaper, taken=2))
+    assert [version for _, _, version in whole] == [0] * (1 + ahead) + [1, 3, 4][: 4 - ahead]
+    for stop in range(1, len(whole) + 1):
+        run = budgeted(tmp_path / "cut", ahead, None, 5)
+        simulate(run, Simulated(cheaper, taken=2), stop)
+        again = budgeted(tmp_path / "cut", ahead, None, 5, resume=str(run.folder.path))
+        assert simulate(again, Simulated(cheaper, taken=2)) == whole[stop:]
 
 
 def write_adapter(folder: Path) -> None:
