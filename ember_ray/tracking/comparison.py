@@ -92,7 +92,10 @@ def report_text(rows: Sequence[Row], config: CompareConfig, failures: Mapping[st
     parts += ["## Equal budgets", _budgets(rows, config), budget_table(rows)]
     mismatch = mismatch_table([line for task in config.tasks for line in lines_of(rows, task, designs)])
     if mismatch:
-        words = "Absolute difference between trainer's and engine's log-probabilities of sampled tokens, last round."
+        words = (
+            "Absolute difference between trainer's and engine's log-probabilities of sampled tokens: of the last "
+            "round, and of held-out answers after SFT, which samples nothing to learn from."
+        )
         parts += ["## Train/inference mismatch", words, mismatch]
     parts += ["## Missing cells", _missing(rows, config, failures)]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"

@@ -87,7 +87,7 @@ class Line:
         return _spread([point for point in points if point], "mean", "interval")
 
     def mismatch(self, key: str) -> Spread | None:
-        """``mean``, ``p95``, ``max`` or ``outside`` of the train/inference mismatch in the last round."""
+        """``mean``, ``p95``, ``max`` or ``outside`` of the train/inference mismatch (see `cell_row`)."""
         return None if self.algorithm == "base" else _spread([row["mismatch"] for row in self.rows], key)
 
     def count(self, flag: str) -> int:

@@ -58,7 +58,8 @@ def cell_row(
         ``rounds``, ``seconds`` by phase, ``training_seconds`` (all rounds), ``wall_seconds``, ``dollars`` of the
         training seconds; ``curve``, a point a round with ``generated_tokens`` and ``seconds`` added up, and
         ``exact_match`` and ``reward`` of the round's candidates, which the policy before it made; ``mismatch`` of the
-        last round that has it; versions, commit, machine.
+        last round that has it, and without rollouts to learn from of the held-out answers after it; versions, commit,
+        machine.
 
     Raises:
         UserError: the folder is not that of a finished run.
@@ -99,7 +100,10 @@ def cell_row(
         "gpus": gpus,
         "dollars": gpu_dollars(training_seconds * max(1, gpus) / at_once, gpu_price_per_hour),
         "curve": curve,
-        "mismatch": next((found for row in reversed(metrics) if (found := _mismatch(row))), {}),
+        "mismatch": next(
+            (found for row in reversed(metrics) if (found := _mismatch(row))),
+            _mismatch(summary.get("mismatch", {}).get("after", {})),
+        ),
         "versions": summary["versions"],
         "git_commit": summary["git_commit"],
         "git_dirty": summary["git_dirty"],

@@ -129,7 +129,7 @@ def budget_table(rows: Iterable[Row]) -> str:
 
 
 def mismatch_table(lines: Sequence[Line]) -> str:
-    """Train/inference mismatch of the last round, as means over seeds."""
+    """Train/inference mismatch, of the last round where there were rollouts, as means over seeds."""
     body = [
         [TASK_NAMES[line.task], line.name, line.design or "", *(_plain(line.mismatch(key), ".3g") for key in MISMATCH)]
         for line in lines

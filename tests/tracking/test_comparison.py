@@ -65,6 +65,7 @@ def finished_run(folder: Path, cell: Cell, skills: tuple[float, float], status: 
             seconds={"rollout": 8.0, "learning": 12.0},
             counters={"generated_tokens": 5000 + 1040 * bool(cell.design)},
             policy_version=4,
+            mismatch={"before": {"mismatch/mean": 1e-8}, "after": {"mismatch/mean": 3e-7, "mismatch/max": 2e-6}},
         )
     )
     run.close()
@@ -102,7 +103,7 @@ def test_a_row_says_what_the_run_came_to(rows: list[dict[str, Any]]) -> None:
         *((260, 5.0), (520, 10.0), (780, 15.0), (1040, 20.0)),
     ]
     assert dpo["training_seconds"] == 20.0 and dpo["dollars"] == pytest.approx(gpu_dollars(10.0, 3.0))
-    assert dpo["mismatch"] == {"mean": 1e-7, "max": 4e-6} and sft["mismatch"] == {}
+    assert dpo["mismatch"] == {"mean": 1e-7, "max": 4e-6} and sft["mismatch"] == {"mean": 3e-7, "max": 2e-6}
     assert dpo["run"].startswith("runs/dpo_extract_decomposed_s0/dpo_extract_")
     assert dpo["before"]["pass_at_k"][0]["mean"] == pytest.approx(dpo["before"]["exact_match_sampled"])
     assert dpo["after"]["best_of_n"]["oracle"]["points"][-1]["n"] == 4
