@@ -146,7 +146,7 @@ class Rollouts:
         try:
             if self._begun and isinstance(update, ObjectRef):
                 if in_flight:
-                    done = wait(self.handle.publish_in_flight.remote(update), "the publication", self._limits.call)
+                    done = self._change(self.handle.publish_in_flight.remote(update), "the publication")
                     if done is not None:
                         return int(done)
                 else:
@@ -211,7 +211,7 @@ class Rollouts:
     def _watch(self, method: str, *arguments: Any) -> Any:
         return wait(getattr(self.handle, method).remote(*arguments), f"the coordinator's {method}", self._limits.call)
 
-    def _change(self, ref: Any, what: str) -> int:
+    def _change(self, ref: Any, what: str) -> Any:
         """Waits for a change of the policy, which may have to bring up the stages again."""
         limits = self._limits
         patience = Patience(what, limits.call * 4 + (limits.start + limits.call) * limits.failures)

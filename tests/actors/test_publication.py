@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import ray
 from actors import cluster as clusters
 from actors.adapter_wire import pack_adapter
 from actors.calls import ActorLost, StageLost, UpdateLost
-from actors.messages import Limits
+from actors.messages import Limits, Progress
 from actors.pipeline import Pipeline
 from actors.policy_server import PolicyServer
 from actors.rollouts import Patience, Rollouts
@@ -202,6 +203,28 @@ def test_a_lost_maker_of_an_update_is_told_from_a_lost_coordinator(cluster, make
     with pytest.raises(ActorLost) as lost:
         rollouts.publish(ray.put(pack_adapter(make_update(1))))
     assert not isinstance(lost.value, UpdateLost)
+
+
+def test_a_publication_in_flight_may_wait_for_stages_that_are_made_anew(cluster) -> None:
+    @ray.remote(num_cpus=0, max_concurrency=2)
+    class Recovering:
+        """In the coordinator's place; it switches after it was asked what it is at."""
+
+        def __init__(self) -> None:
+            self.asked = threading.Event()
+
+        def progress(self) -> Progress:
+            self.asked.set()
+            return Progress(phase="recovering")
+
+        def publish_in_flight(self, update: object) -> int:
+            assert self.asked.wait(120)
+            return 7
+
+    rollouts = object.__new__(Rollouts)
+    rollouts.handle, rollouts._limits, rollouts._begun = Recovering.remote(), Limits(call=10.0), {"a rollout"}
+    ray.get(rollouts.handle.__ray_ready__.remote())
+    assert rollouts.publish(ray.put(None), in_flight=True) == 7
 
 
 def test_a_publication_may_wait_behind_a_rollout_as_long_as_that_takes() -> None:
