@@ -270,7 +270,11 @@ class Run:
 
     def _make_learner(self) -> None:
         if self._shares_base is None:
-            self._shares_base = shares_base(self.config, self.session.stages_are_here)
+            here = self.session.stages_are_here
+            self._shares_base = shares_base(self.config, here)
+            if not self._shares_base and self.config.learner.base == "auto":
+                reason = f"it does not learn in {self.config.model.dtype}" if here else "a stage is on another node"
+                self.console.info(f"the learner takes base weights of its own: {reason}")
         self.learner = start_learner(self.config, self.algorithm, self.learner_path, self._shares_base)
         self._starting = self.learner.prepare.remote() if self._shares_base else self.learner.start.remote()
 

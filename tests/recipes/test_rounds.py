@@ -358,6 +358,15 @@ def test_the_learner_goes_on_with_the_weights_of_fresh_stages(
     assert ("illegal memory access" in said) == (lost != "stage")
 
 
+@pytest.mark.parametrize("sharing", [False, True])
+def test_a_learner_that_is_left_to_choose_tells_of_a_copy_of_its_own(
+    sharing: bool, run_with: Callable[..., Run], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_with(sharing=sharing)
+    said = "the learner takes base weights of its own: a stage is on another node"
+    assert (said in " ".join(capsys.readouterr().out.split())) == (not sharing)
+
+
 def test_what_fails_while_its_stages_are_well_is_a_failure(run_with: Callable[..., Run]) -> None:
     run = run_with(sharing=True)
     run.session.losses = ["nothing"]  # type: ignore[attr-defined]
