@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cuda_ext.checked_copy import checked_copy, copy_table, on_host
+from cuda_ext.library import DTYPES
 from cuda_ext.rebuild import rebuild_weight
 from ember_ray.model.adapter_layout import (
     AdapterLayout,
@@ -238,10 +239,15 @@ class AdapterSlots:
 
     def _take_flat(self, update: FlatAdapter) -> _Held:
         shape, whole = self._shape(update.layout, update.scaling), update.flat
-        if whole.shape != (update.layout.numel,) or not whole.is_floating_point() or not whole.is_contiguous():
+        if whole.shape != (update.layout.numel,) or whole.dtype not in DTYPES or not whole.is_contiguous():
             raise AdapterError(
-                f"adapter version {update.version}: its flat tensor must be [{update.layout.numel}] floats, not "
-                f"{tuple(whole.shape)} {whole.dtype}"
+                f"adapter version {update.version}: its flat tensor must be [{update.layout.numel}], contiguous, in "
+                f"float32, bfloat16 or float16, not {tuple(whole.shape)} {whole.dtype}"
+            )
+        if update.checksums is not None and update.checksums.shape != (len(update.layout.pieces),):
+            raise AdapterError(
+                f"adapter version {update.version}: it has {update.checksums.numel()} checksums for "
+                f"{len(update.layout.pieces)} tensors; publish it again"
             )
         pieces = shape.own.pieces
         if not pieces:

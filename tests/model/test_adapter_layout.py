@@ -162,7 +162,7 @@ def test_tensors_of_a_dtype_that_no_kernel_computes_in_are_cast_before() -> None
 
 BROKEN = (
     "NaN", "one bit", "too short", "integers", "another model", "layer outside", "rank 0", "another order", "scale NaN",
-    "scale too large", "scale missing", "old version",
+    "scale too large", "scale missing", "old version", "float64", "checksum missing",
 )  # fmt: skip
 
 
@@ -177,6 +177,7 @@ def broken(flat: FlatAdapter) -> dict[str, tuple[FlatAdapter, str]]:
     swapped = AdapterLayout((flat.layout.modules[1], flat.layout.modules[0]), flat.layout.shapes)
     zero = AdapterLayout(((0, "q_proj", 0),), flat.layout.shapes)
     loud = (*flat.scaling[:-1], 2 * MAX_SCALE)
+    assert flat.checksums is not None
     return {
         "NaN": (change(flat, flat=nan), rf"'{flat.layout.pieces[3].name}' has NaN"),
         "one bit": (change(flat, flat=flipped), rf"checksum of '{flat.layout.pieces[-1].name}'"),
@@ -190,6 +191,8 @@ def broken(flat: FlatAdapter) -> dict[str, tuple[FlatAdapter, str]]:
         "scale too large": (change(flat, scaling=loud), r"down_proj': the scale is 2000, beyond 1000"),
         "scale missing": (change(flat, scaling=flat.scaling[:-1]), "9 modules, but 8 scales"),
         "old version": (change(flat, version=1), "never reused"),
+        "float64": (change(flat, flat=flat.flat.double()), "flat tensor must be"),
+        "checksum missing": (change(flat, checksums=flat.checksums[:-1]), "it has 17 checksums for 18 tensors"),
     }
 
 
