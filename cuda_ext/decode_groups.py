@@ -1,8 +1,8 @@
 """Which KV blocks the candidates of a decode step read, arranged by group: built on the host, read by the kernels.
 
-The arrays are in the form of compressed sparse rows. Work is cut over the sequence in pieces of ``SPLIT_TOKENS``
-tokens, which depend on the sequence alone; partial results are merged in the order of the pieces. So a row's result
-does not depend on what else is in the batch.
+The arrays are in the form of compressed sparse rows. Work is cut over the sequence in pieces of ``split_tokens``
+tokens, which depend on the sequence alone; partial results are merged in an order that their number fixes. So a row's
+result does not depend on what else is in the batch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 SPLIT_TOKENS = 512
-"""Tokens of a piece."""
+"""Tokens of a piece where nothing else is asked for."""
 
 FEW_ROWS_SPLIT_TOKENS = 128
 """Tokens of a piece for which one launch does all: it answers soonest where rows are few."""

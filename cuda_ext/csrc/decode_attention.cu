@@ -20,8 +20,9 @@ bool fits_tensor_cores(const Problem& p, int64_t dtype) {
 }  // namespace ember::decode
 
 // q, out: [rows, heads, head_dim]; k, v: [num_slots, kv_heads, head_dim]; partials: [num_partials, heads, head_dim]
-// float16; stats: [num_partials, heads, 4] float32; the int32 arrays as in cuda_ext/decode_groups.py. method: 0 what
-// fits best, 1 the generic kernel.
+// float16, with arrivals float32; stats: [num_partials, heads, 4] float32; the int32 arrays as in
+// cuda_ext/decode_groups.py, arrivals null where their pieces are not for one launch. method: 0 what fits best, 1 the
+// generic kernel.
 EMBER_API int ember_decode_attention(const void* q, const void* k, const void* v, void* out, void* partials,
                                      void* stats, const int* row_group, const int* prefix_blocks,
                                      const int* prefix_starts, const int* prefix_lens, const int* suffix_blocks,
