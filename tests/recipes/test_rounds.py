@@ -336,7 +336,7 @@ class Sharing(Actors):
         if ref[1] == "learn" and self.losses[:1] in (["stage, under it"], ["nothing"]):
             self.lost += self.losses.pop(0) != "nothing"
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        if ref[1] in ("start", "open_base"):
+        if ref[1] in ("start", "open_base") and ref[2]:
             ref[0].base = ref[2][0]
         return super().call(phase, ref)
 
@@ -365,6 +365,17 @@ def test_a_learner_that_is_left_to_choose_tells_of_a_copy_of_its_own(
     run_with(sharing=sharing)
     said = "the learner takes base weights of its own: a stage is on another node"
     assert (said in " ".join(capsys.readouterr().out.split())) == (not sharing)
+
+
+def test_a_learner_takes_a_copy_where_fresh_stages_cannot_show_their_weights(
+    run_with: Callable[..., Run], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_with(sharing=True)
+    run.session.losses = ["stage, under it"]  # type: ignore[attr-defined]
+    run.session.base_weights = lambda: ["no handle for it"]  # type: ignore[method-assign]
+    run.learn([1])
+    assert run.learner.rounds == 1
+    assert "takes base weights of its own: no handle for it" in " ".join(capsys.readouterr().out.split())
 
 
 def test_what_fails_while_its_stages_are_well_is_a_failure(run_with: Callable[..., Run]) -> None:
