@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import functools
 import multiprocessing
 import os
 import shutil
@@ -65,7 +66,7 @@ class Comparison:
         self.failed: dict[str, str] = {}
         self._running: list[Running] = []
         self._measured: list[tuple[Cell, Future[dict[str, Any]]]] = []
-        self._pool = ProcessPoolExecutor(READERS, multiprocessing.get_context("spawn"), _only_by_parent)
+        self._pool = ProcessPoolExecutor(READERS, multiprocessing.get_context("spawn"), _only_by_parent, (os.getpid(),))
         self._machine, self._gpus = machine_words(), gpus_to_share()
         for cell in cells:
             row = self.rows.get(cell.id)
@@ -134,7 +135,7 @@ class Comparison:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_end_with_parent,
+                preexec_fn=functools.partial(_end_with_parent, os.getpid()),
             )
         print(f"begun     {cell.id}", flush=True)
         return Running(cell, process, time.monotonic(), log, gpu)
@@ -272,14 +273,20 @@ def stop(processes: list[subprocess.Popen[bytes]]) -> None:
         process.wait()
 
 
-def _end_with_parent() -> None:
-    """In a new process: SIGTERM when its parent dies, also by SIGKILL (Linux; elsewhere without effect)."""
+def _end_with_parent(parent: int) -> None:
+    """In a new process: SIGTERM when its parent dies, also by SIGKILL (Linux; elsewhere without effect).
+
+    Args:
+        parent: number of the parent's process, which may have died before its death could be asked for.
+    """
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _only_by_parent() -> None:
+def _only_by_parent(parent: int) -> None:
     """In a process of the pool: Ctrl-C is its parent's to hear, with whom it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _end_with_parent()
+    _end_with_parent(parent)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -210,6 +212,14 @@ def wait_for(command: Command, path: Path) -> None:
     while not path.exists():
         assert time.monotonic() < deadline and command.process.poll() is None
         time.sleep(0.1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="parents' deaths are told on Linux only")
+def test_a_cell_whose_parent_died_before_it_began_ends_at_once() -> None:
+    begin = "import os; from recipes.compare_run import _end_with_parent as end; end(os.getppid())"
+    code = f"{begin}; print(1, flush=True); end(-1); print(2)"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (-signal.SIGTERM, "1\n"), ended.stderr
 
 
 @pytest.mark.slow
