@@ -280,6 +280,7 @@ def _end_with_parent(parent: int) -> None:
         parent: number of the parent's process, which may have died before its death could be asked for.
     """
     if sys.platform == "linux":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler of Python's would be lost with the program
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:
